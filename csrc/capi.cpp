@@ -1,0 +1,59 @@
+// Build information, status sentences, and the CUDA entry points of a build without CUDA.
+#include "capi.h"
+
+#include "include/vjepa/macros.h"
+
+#if defined(__clang__)
+#define VJEPA_COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+#define VJEPA_COMPILER "gcc " __VERSION__
+#else
+#define VJEPA_COMPILER "unknown"
+#endif
+
+namespace vjepa {
+thread_local const char *last_cuda_error = "";
+}
+
+extern "C" int32_t vjepa_abi_version(void) { return VJEPA_ABI_VERSION; }
+
+extern "C" const char *vjepa_build_info(void) {
+  return "{\"version\": \"" VJEPA_VERSION "\", \"compiler\": \"" VJEPA_COMPILER
+         "\", \"instruction_sets\": \"" VJEPA_INSTRUCTION_SETS "\", \"cuda\": \"" VJEPA_CUDA_VERSION
+         "\", \"cuda_archs\": \"" VJEPA_CUDA_ARCHS "\"}";
+}
+
+extern "C" const char *vjepa_status_string(int32_t status) {
+  switch (status) {
+    case VJEPA_OK:
+      return "success";
+    case VJEPA_ERROR_NULL_POINTER:
+      return "a pointer to at least one element is null";
+    case VJEPA_ERROR_NEGATIVE_SIZE:
+      return "a size is negative, too large or not a multiple of what it must be";
+    case VJEPA_ERROR_DTYPE:
+      return "a dtype is none of those that the kernel reads or writes";
+    case VJEPA_ERROR_ALIGNMENT:
+      return "a pointer is not aligned to its element type";
+    case VJEPA_ERROR_THREADS:
+      return "the number of threads is less than 1";
+    case VJEPA_ERROR_CAPACITY:
+      return "the chunk table is too small";
+    case VJEPA_ERROR_MOMENTUM:
+      return "momentum is not between 0 and 1";
+    case VJEPA_ERROR_NO_CUDA:
+      return "the library was built without its CUDA part";
+    case VJEPA_ERROR_CUDA:
+      return "the CUDA runtime refused";
+    default:
+      return "unknown status";
+  }
+}
+
+extern "C" const char *vjepa_cuda_error(void) { return vjepa::last_cuda_error; }
+
+#if !defined(VJEPA_WITH_CUDA)
+extern "C" int32_t vjepa_ema_cuda(const vjepa_ema_tensor *, const vjepa_chunk *, int64_t, double, int32_t, void *) {
+  return VJEPA_ERROR_NO_CUDA;
+}
+#endif

@@ -1,0 +1,62 @@
+"""Fixtures of the kernel tests: ragged sets, and the rule by which results are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from vjepa.kernels import TokenIndices
+
+
+def make_sets(
+    lengths: Sequence[int],
+    length: int,
+    clip: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    duplicates: bool = False,
+    tensor_lengths: bool = False,
+) -> TokenIndices:
+    """Random sets of `lengths` token ids below `length`; with duplicates each id is drawn alone."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = (
+        (lambda n: torch.randint(length, (n,), generator=generator))
+        if duplicates
+        else (lambda n: torch.randperm(length, generator=generator)[:n])
+    )
+    packed = TokenIndices.from_sets([draw(n) for n in lengths], clip=clip)
+    if not tensor_lengths:
+        return packed
+    return TokenIndices(packed.indices, packed.cu_seqlens, packed.clip, torch.tensor(packed.lengths))
+
+
+def check_accuracy(ours: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    """Our largest error against the float64 result is at most twice that of plain PyTorch in the same dtype.
+
+    Where PyTorch happens to be exact, one rounding of the largest value is allowed.
+    """
+    assert exact.dtype == torch.float64
+    assert ours.shape == same_dtype.shape == exact.shape
+    assert ours.dtype == same_dtype.dtype
+    assert torch.isfinite(ours).all()
+    rounding = torch.finfo(ours.dtype).eps * float(exact.abs().max())
+    error, allowed = float((ours - exact).abs().max()), float((same_dtype - exact).abs().max())
+    assert error <= 2 * max(allowed, rounding), f"error {error:.3g}, PyTorch's in {ours.dtype} {allowed:.3g}"
+
+
+@pytest.fixture(name="make_sets", scope="session")
+def make_sets_fixture() -> Callable[..., TokenIndices]:
+    return make_sets
+
+
+@pytest.fixture(name="check_accuracy", scope="session")
+def check_accuracy_fixture() -> Callable[[Tensor, Tensor, Tensor], None]:
+    return check_accuracy
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

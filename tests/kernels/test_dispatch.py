@@ -1,0 +1,133 @@
+"""The table of backends: what is forced, what auto takes, what is refused and why, what is logged."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from vjepa.kernels import _dispatch, _native, backend, ema_update_, varlen_attention
+
+CPU = torch.device("cpu")
+LENGTHS, OFFSETS = (2, 3), torch.tensor([0, 2, 5], dtype=torch.int32)
+ABSENT = ("triton", "flash_attn", "xformers")
+OPS = [
+    "adamw_ema_",
+    "ema_update_",
+    "gather_tokens",
+    "masked_l1_loss",
+    "predictor_tokens",
+    "scatter_tokens",
+    "tubelet_embed",
+    "varlen_attention",
+]
+
+
+def attend():
+    x = torch.ones(5, 1, 4)
+    return varlen_attention(x, x, x, OFFSETS, LENGTHS)
+
+
+def selected(op):
+    return _dispatch.select(op, CPU).name
+
+
+def test_every_op_is_in_the_table_with_a_reference():
+    assert _dispatch.operators() == OPS
+    for op in OPS:
+        assert _dispatch.explain(op, CPU)["reference"] == "can run"
+
+
+def test_auto_and_forced_choices(monkeypatch):
+    monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
+    assert selected("varlen_attention") == "sdpa"
+    with backend("reference"):
+        assert [selected(op) for op in OPS] == ["reference"] * len(OPS)
+        with backend("sdpa"):  # forced on the op that has it, the others on auto
+            assert selected("varlen_attention") == "sdpa"
+            assert selected("gather_tokens") == "reference"
+        assert selected("varlen_attention") == "reference"
+        with backend("auto"):
+            assert selected("varlen_attention") == "sdpa"
+    assert selected("varlen_attention") == "sdpa"
+
+
+def test_the_choice_ends_with_the_block_even_on_an_error():
+    with pytest.raises(KeyError), backend("reference"):
+        raise KeyError
+    assert _dispatch.requested() == "auto"
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv(_dispatch.VARIABLE, "reference")
+    assert selected("varlen_attention") == "reference"
+    with backend("sdpa"):
+        assert selected("varlen_attention") == "sdpa"
+    monkeypatch.setenv(_dispatch.VARIABLE, "")
+    assert _dispatch.requested() == "auto"
+    monkeypatch.setenv(_dispatch.VARIABLE, "fastest")
+    with pytest.raises(
+        ValueError, match=r"the environment variable VJEPA_KERNELS must be one of auto, .*got 'fastest'"
+    ):
+        attend()
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_absent_backends_raise_with_the_reason_and_a_remedy(monkeypatch, name):
+    sentence = f"the backend {name} cannot run here: this release has no .*; use"
+    with pytest.raises(RuntimeError, match=sentence), backend(name):
+        pytest.fail("entered")
+    monkeypatch.setenv(_dispatch.VARIABLE, name)
+    with pytest.raises(RuntimeError, match=f"the backend {name} cannot run here"):
+        attend()
+    assert name in _dispatch.absent()
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"backend name must be one of auto, .*got 'cudnn'"), backend("cudnn"):
+        pytest.fail("entered")
+
+
+def test_a_forced_backend_that_cannot_serve_the_tensors_raises():
+    target, source = torch.zeros(2), torch.ones(2)
+    sentence = "backend cuda cannot serve ema_update_ on cpu: it serves tensors on a CUDA"
+    with backend("cuda"):
+        with pytest.raises(RuntimeError, match=sentence):
+            ema_update_([target], [source], 0.5)
+        attend()  # has no such backend, so it stays on auto
+    assert not target.any()
+
+
+def test_a_backend_without_its_library_says_so(monkeypatch):
+    monkeypatch.setattr(_native, "available", lambda: (False, "the native library was not built: no compiler"))
+    assert selected("ema_update_") == "reference"
+    sentence = "cannot serve ema_update_ on cpu: the native library was not built: no compiler"
+    with backend("cpu"), pytest.raises(RuntimeError, match=sentence):
+        ema_update_([torch.zeros(2)], [torch.ones(2)], 0.5)
+
+
+def test_arguments_a_backend_cannot_take_go_to_the_next_one(monkeypatch):
+    monkeypatch.setattr(_native, "available", lambda: (True, ""))
+    target = torch.zeros(2, dtype=torch.float64)
+    ema_update_([target], [torch.ones(2)], 0.5)
+    assert target.tolist() == [0.5, 0.5]
+    sentence = r"it needs contiguous tensors of at most 32 bits, got \(2,\) float64"
+    with backend("cpu"), pytest.raises(RuntimeError, match=sentence):
+        ema_update_([target], [torch.ones(2)], 0.5)
+
+
+def test_one_log_line_for_each_choice(monkeypatch, caplog):
+    monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(_dispatch, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="vjepa.kernels"):
+        attend()
+        attend()
+        with backend("reference"):
+            attend()
+            attend()
+    lines = [record.getMessage() for record in caplog.records if record.name == "vjepa.kernels"]
+    assert lines == [
+        "varlen_attention on cpu: sdpa (VJEPA_KERNELS=auto)",
+        "varlen_attention on cpu: reference (VJEPA_KERNELS=reference)",
+    ]

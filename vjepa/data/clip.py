@@ -1,0 +1,303 @@
+"""One clip of a video: which frames (start, stride or fps), which pixels (crop, size, flip), read within a time limit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vjepa.data.container import Deadline, VideoFile, VideoInfo, decoder_errors, probe_video
+from vjepa.data.decode import read_frames
+from vjepa.data.errors import ClipError
+from vjepa.data.tensors import is_tensor_file, open_tensor, resize_frames
+from vjepa.data.transform import CROP_ATTEMPTS, PLANES, Crop, FrameWriter, largest_crop, random_crop
+
+HEADER_SLACK = (0.5, 0.05)  # s, and share of its duration, by which a sound header may promise more than the file holds
+ROUNDING = 0.25  # frames; headers round durations to a millisecond or a tick
+VIEWS = {"center": 0.5, "first": 0.0, "last": 1.0}
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """What every clip of a data set has in common.
+
+    Attributes:
+        num_frames: T.
+        image_size: (H, W) in pixels.
+        frame_stride: source frames between sampled frames, at the average rate; not used when fps is given.
+        fps: sampled frames per second, or None.
+        channels: C; 3 (RGB) or 1 (grey) for video files, anything for tensor files.
+        min_frames, short, timeout, tensor_fps: as in DataConfig.
+    """
+
+    num_frames: int
+    image_size: tuple[int, int]
+    frame_stride: int = 4
+    fps: float | None = None
+    channels: int = 3
+    min_frames: int = 1
+    short: Literal["pad", "skip"] = "pad"
+    timeout: float = 30.0
+    tensor_fps: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "frame_stride", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size must be (height, width), each at least 1, got {self.image_size}")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
+
+    def interval(self, rate: float) -> float:
+        """Seconds from one sampled frame to the next, in a video of `rate` frames per second."""
+        return self.frame_stride / rate if self.fps is None else 1 / self.fps
+
+    def span(self, rate: float) -> float:
+        """Seconds of video a clip covers, from the start of its first frame to the end of its last."""
+        return (self.num_frames - 1) * self.interval(rate) + 1 / rate
+
+    def frames_needed(self, rate: float) -> int:
+        """Source frames below which a video is too short."""
+        return min(self.min_frames, round(self.span(rate) * rate))
+
+
+def whole_frames(seconds: float, rate: float) -> int:
+    """How many whole frame periods fit in a time, give or take a header's rounding."""
+    return int(seconds * rate + ROUNDING)
+
+
+class Placement(Protocol):
+    """Where in a video a clip lies, once the video's length and shape are known."""
+
+    flip: bool
+
+    def start(self, latest: float, rate: float) -> float:
+        """Start in seconds, given the latest start that leaves room for the clip and the frame rate."""
+        ...
+
+    def crop(self, aspect: float) -> Crop:
+        """Crop, given output width/height over displayed frame width/height."""
+        ...
+
+
+class RandomPlacement:
+    """Uniform start on the frame grid, random resized crop, flip of half the clips; all from one generator.
+
+    The numbers are drawn at once, in a fixed order, so that nothing depends on what the file turns out to hold.
+    """
+
+    def __init__(self, rng: np.random.Generator, scale: tuple[float, float], aspect: tuple[float, float], hflip: bool):
+        draws = rng.random(2 + 4 * CROP_ATTEMPTS)
+        self._start, self.flip = float(draws[0]), bool(hflip and draws[1] < 0.5)
+        self._crop, self._scale, self._aspect = draws[2:].reshape(CROP_ATTEMPTS, 4), scale, aspect
+
+    def start(self, latest: float, rate: float) -> float:
+        """A whole number of frame periods, each from 0 to `latest` equally likely."""
+        return int(self._start * (whole_frames(latest, rate) + 1)) / rate
+
+    def crop(self, aspect: float) -> Crop:
+        """Random resized crop, as in `random_crop`."""
+        return random_crop(self._crop, aspect, self._scale, self._aspect)
+
+
+class FixedPlacement:
+    """A given start (None: the clip lies in the middle of the video) and a given crop or view."""
+
+    def __init__(self, start: float | None = None, crop: Crop | float = 0.5, flip: bool = False):
+        self._start, self._crop, self.flip = start, crop, flip
+
+    def start(self, latest: float, rate: float) -> float:
+        """The given start, or the middle rounded to the frame grid."""
+        return whole_frames(latest / 2, rate) / rate if self._start is None else self._start
+
+    def crop(self, aspect: float) -> Crop:
+        """The given crop, or the largest one of the output's shape at the given view."""
+        return self._crop if isinstance(self._crop, Crop) else largest_crop(aspect, self._crop)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Pixels uint8 [C,T,H,W], and where they came from: start and interval in seconds, crop, flip."""
+
+    pixels: np.ndarray
+    start: float
+    interval: float
+    crop: Crop
+    flip: bool
+
+
+def load_clip(path: str, spec: ClipSpec, placement: Placement) -> Clip:
+    """Read one clip.
+
+    Args:
+        path: a video or tensor file.
+        spec: length, size and rate of the clip.
+        placement: where it lies.
+
+    Raises:
+        ClipError: whatever is wrong with the file, in one line (ClipTimeout: it took too long).
+    """
+    if is_tensor_file(path):
+        return _load_tensor(path, spec, placement)
+    if spec.channels not in PLANES:
+        raise ClipError(path, f"a video file gives 3 or 1 channels, {spec.channels} were wanted", whole_file=True)
+    deadline = Deadline(path, spec.timeout)
+    with decoder_errors(deadline, whole_file=True):
+        video = VideoFile(deadline)
+    with decoder_errors(deadline), video:
+        return _load_video(video, spec, placement)
+
+
+def _load_video(video: VideoFile, spec: ClipSpec, placement: Placement) -> Clip:
+    info = video.info
+    start = _place(video.path, info.duration, info.rate, spec, placement)
+    writer = FrameWriter(spec.num_frames, spec.image_size, spec.channels, placement.crop, placement.flip)
+    reached = read_frames(video, _times(start, info.rate, spec), writer)
+    if not reached.complete:
+        _check_promise(info, reached.end)
+        if start > 0:  # a sound header may promise a little too much: the last clip that really fits
+            start = max(0, whole_frames(reached.end - spec.span(info.rate), info.rate)) / info.rate
+            reached = read_frames(video, _times(start, info.rate, spec), writer)
+        if start == 0:
+            _check_length(video.path, reached.frames, info.rate, spec)
+    return Clip(writer.clip, start, spec.interval(info.rate), writer.crop or Crop(), placement.flip)
+
+
+def _times(start: float, rate: float, spec: ClipSpec) -> list[float]:
+    """Wanted times: the middle of each sampled frame's period, so that rounded timestamps cannot pick its neighbour."""
+    return [start + i * spec.interval(rate) + 0.5 / rate for i in range(spec.num_frames)]
+
+
+def _place(path: str, duration: float, rate: float, spec: ClipSpec, placement: Placement) -> float:
+    start = placement.start(max(0.0, duration - spec.span(rate)), rate)
+    if not 0 <= start < max(duration, 1 / rate):
+        raise ClipError(path, f"start must lie within the video's {duration:.2f} s, got {start:g} s")
+    return start
+
+
+def _check_promise(info: VideoInfo, end: float) -> None:
+    if info.duration - end > max(HEADER_SLACK[0], HEADER_SLACK[1] * info.duration):
+        raise ClipError(info.path, f"cut short: frames end at {end:.2f} s, the header promises {info.duration:.2f} s")
+
+
+def _check_length(path: str, frames: int, rate: float, spec: ClipSpec) -> None:
+    """A video shorter than the clip: how many frames it has decides whether it is of use."""
+    plural = "" if frames == 1 else "s"
+    if frames < spec.frames_needed(rate):
+        needed = spec.frames_needed(rate)
+        raise ClipError(path, f"too short: {frames} frame{plural}, at least {needed} are needed", whole_file=True)
+    if spec.short == "skip":
+        span = round(spec.span(rate) * rate)
+        raise ClipError(path, f"too short: {frames} frame{plural}, a clip spans {span}", whole_file=True)
+
+
+def _load_tensor(path: str, spec: ClipSpec, placement: Placement) -> Clip:
+    frames, rate = open_tensor(path, spec.channels), spec.tensor_fps
+    total, stride = len(frames), spec.interval(rate) * rate
+    if total / rate < spec.span(rate) - 1e-6:
+        _check_length(path, total, rate, spec)
+    start = _place(path, total / rate, rate, spec, placement)
+    chosen = np.minimum(np.floor(start * rate + stride * np.arange(spec.num_frames) + 0.5).astype(np.int64), total - 1)
+    height, width = spec.image_size
+    crop = placement.crop((width / height) / (frames.shape[2] / frames.shape[1]))
+    pixels = resize_frames(frames[chosen], crop, spec.image_size, placement.flip)
+    return Clip(pixels, start, spec.interval(rate), crop, placement.flip)
+
+
+def fixed_crop(crop: str | tuple[float, float, float, float] | Crop) -> Crop | float:
+    """The crop a word or four numbers stand for (see `read_clip`); ValueError otherwise."""
+    if isinstance(crop, Crop):
+        return crop
+    if isinstance(crop, str):
+        if crop == "full":
+            return Crop()
+        if crop in VIEWS:
+            return VIEWS[crop]
+    elif len(crop) == 4:
+        return Crop(*crop)
+    raise ValueError(f"crop must be 'center', 'first', 'last', 'full' or (x, y, width, height), got {crop!r}")
+
+
+def read_clip(
+    path: str | os.PathLike[str],
+    num_frames: int = 16,
+    *,
+    image_size: int | tuple[int, int] = 224,
+    frame_stride: int = 4,
+    fps: float | None = None,
+    start: float | None = None,
+    crop: str | tuple[float, float, float, float] | Crop = "center",
+    flip: bool = False,
+    channels: int = 3,
+    timeout: float = 30.0,
+    tensor_fps: float = 30.0,
+) -> Tensor:
+    """Read one clip of a video or tensor file, for evaluation and pictures: nothing about it is random.
+
+    Args:
+        path: the file.
+        num_frames: T.
+        image_size: H and W in pixels, one number for a square.
+        frame_stride: source frames between sampled frames (at the average rate, applied by timestamp).
+        fps: sampled frames per second; overrides frame_stride.
+        start: seconds from the first frame; None: the clip lies in the middle of the video. Where too little is left
+            after it, the clip begins earlier; a video shorter than the clip is held at its last frame.
+        crop: "center", "first" (left or top), "last" (right or bottom): the largest crop of the output's shape;
+            "full": the whole frame, squeezed; or (x, y, width, height) as fractions of the displayed frame.
+        flip: mirror left to right.
+        channels: C: 3 is RGB, 1 is grey (tensor files: whatever they hold).
+        timeout: time limit in seconds.
+        tensor_fps: frames per second a tensor file is taken to have.
+
+    Returns:
+        uint8 [C,T,H,W].
+
+    Raises:
+        ClipError: the file cannot be read, holds no such clip, or took too long.
+        ValueError: an argument out of range.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    spec = ClipSpec(num_frames, size, frame_stride, fps, channels, timeout=timeout, tensor_fps=tensor_fps)
+    return torch.from_numpy(load_clip(os.fspath(path), spec, FixedPlacement(start, fixed_crop(crop), flip)).pixels)
+
+
+def segment_starts(
+    path: str | os.PathLike[str],
+    num_segments: int,
+    num_frames: int = 16,
+    *,
+    frame_stride: int = 4,
+    fps: float | None = None,
+    timeout: float = 30.0,
+    tensor_fps: float = 30.0,
+) -> list[float]:
+    """Start times that spread several clips evenly over a video: first at its beginning, last at its end.
+
+    One segment lies in the middle. In a video with no room the clips overlap, down to all starting at 0.
+
+    Returns:
+        num_segments times in seconds, ascending, for `read_clip(start=...)`.
+
+    Raises:
+        ClipError: the file cannot be opened.
+        ValueError: num_segments below 1.
+    """
+    if num_segments < 1:
+        raise ValueError(f"num_segments must be at least 1, got {num_segments}")
+    spec = ClipSpec(num_frames, (1, 1), frame_stride, fps, tensor_fps=tensor_fps)
+    path = os.fspath(path)
+    if is_tensor_file(path):
+        rate = tensor_fps
+        duration = len(open_tensor(path)) / rate
+    else:
+        info = probe_video(path, timeout)
+        rate, duration = info.rate, info.duration
+    latest = max(0.0, duration - spec.span(rate))
+    if num_segments == 1:
+        return [FixedPlacement().start(latest, rate)]
+    return [whole_frames(latest * i / (num_segments - 1), rate) / rate for i in range(num_segments)]
