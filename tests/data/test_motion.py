@@ -140,6 +140,17 @@ def test_classes_take_turns_and_labels_csv_names_every_file(written):
     ]
 
 
+def test_encoding_is_a_function_of_the_frames(tmp_path):
+    frames = render_clip(2, 0, 0, 24, 48)
+    files = set()
+    for length in range(1, 300_000, 20_000):  # memory that x264 reads unset holds something else each time
+        scribble = np.random.default_rng(length).bytes(length)
+        encode_clip(tmp_path / "clip.mp4", frames)
+        files.add((tmp_path / "clip.mp4").read_bytes())
+        del scribble
+    assert len(files) == 1
+
+
 def test_files_do_not_depend_on_the_number_of_workers(written, tmp_path):
     folder, _ = written
     list(write_motion_clips(tmp_path, 2, seed=2, num_frames=12, size=32, workers=1))
