@@ -1,14 +1,15 @@
-"""Generated motion clips: real H.264 files whose label is *how* things move, not what they look like.
+"""Generated motion clips: real H.264 files whose label is *how* the picture moves, not what it shows.
 
-Ten textured ellipses move alike over a textured background that drifts by itself. The eight kinds
+A textured background and six textured ellipses before it move together, each at its own pace (parallax):
 
     left, right, up, down      constant velocity
-    clockwise, anticlockwise   each turns about its own centre at a constant rate
+    clockwise, anticlockwise   all turn about the middle of the picture at a constant rate
     shake_x, shake_y           to and fro along one axis
 
-Textures, shades, sizes, places, speeds, phases and drift are drawn alike for every kind, and the world is a torus
-(what leaves on one side comes back on the other), so the distribution of a *single* frame is the same for all: only the
-change between frames tells them apart. Everything is a pure function of (seed, index).
+Textures, shapes, places, orientations, speeds and phases are drawn alike for every kind, and every layer is an endless
+plane, so the distribution of a *single* frame is the same for all: only the change between frames tells them apart.
+All textures share one spectrum and one contrast: the motion is the only thing that one part of a clip tells of another.
+Everything is a pure function of (seed, index).
 """
 
 from __future__ import annotations
@@ -26,46 +27,52 @@ from pathlib import Path
 import numpy as np
 
 CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "shake_x", "shake_y")
-OBJECTS = 10
-CENTRE_DRIFT = 0.4  # px a frame at most, for kinds that stay in place: a resting centre would give them away
-BACKGROUND_DRIFT = 0.5  # px a frame at most, any direction, for every kind
+SIZE = 64  # px; lengths below are for frames of this size and grow with it
+OBJECTS = 6
+CONTRAST = 0.2  # standard deviation of every texture, of a range of 0..1
+LONGEST_WAVE = 17.0  # px: less than two tubelets, so that no texture spreads over many of them
+SPEED = (1.0, 2.0)  # px a frame
+SPIN = (0.04, 0.08)  # rad a frame: 1.3 to 2.6 px a frame at the middle of an edge
+SWING, PERIOD = (3.0, 5.5), (8.0, 14.0)  # px either way, frames
+DRIFT = 0.3  # px a frame at most, any direction, for kinds that stay in place: a resting centre would give them away
+PACE = (0.7, 1.3)  # of an object, relative to the background
 
 
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Smooth periodic noise, float32 [size, size], mean 0 and standard deviation 1: random phases, amplitude f^-1.2."""
+    """Periodic noise around grey, float32 [size, size]: random phases, amplitude f^-2 up to the longest wave."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
-    amplitude = np.where(frequency > 0, 1.0 / np.maximum(frequency, 1.0 / size), 0.0) ** 1.2
+    lowest = SIZE / size / LONGEST_WAVE
+    amplitude = np.where(frequency >= lowest, 1.0 / np.maximum(frequency, lowest), 0.0) ** 2
     image = np.fft.ifft2(np.fft.fft2(rng.standard_normal((size, size))) * amplitude).real
-    return (image / image.std()).astype(np.float32)
-
-
-def _shift(texture: np.ndarray, y: float, x: float) -> np.ndarray:
-    """The texture moved by (y, x) pixels on the torus, bilinear."""
-    for axis, by in ((0, y), (1, x)):
-        whole = int(np.floor(by))
-        part = np.float32(by - whole)
-        texture = (1 - part) * np.roll(texture, whole, axis) + part * np.roll(texture, whole + 1, axis)
-    return texture
+    return (0.5 + CONTRAST * image / image.std()).astype(np.float32)
 
 
 def _sample(texture: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Bilinear lookup on a torus; y, x in pixels, of one shape, which is the result's."""
+    """Bilinear lookup on the plane that the texture tiles; y, x in pixels, of one shape, which is the result's."""
     size = texture.shape[0]
-    y0, x0 = np.floor(y).astype(np.int64), np.floor(x).astype(np.int64)
-    fy, fx = (y - y0).astype(np.float32), (x - x0).astype(np.float32)
+    y0, x0 = np.floor(y).astype(np.int32), np.floor(x).astype(np.int32)
+    fy, fx = y - y0, x - x0
     y0, x0 = y0 % size, x0 % size
     y1, x1 = (y0 + 1) % size, (x0 + 1) % size
     top = texture[y0, x0] * (1 - fx) + texture[y0, x1] * fx
     return top * (1 - fy) + (texture[y1, x0] * (1 - fx) + texture[y1, x1] * fx) * fy
 
 
-def _within(rng: np.random.Generator, most: float) -> tuple[float, float]:
-    """A point (y, x) drawn evenly from a disc of radius `most`."""
-    length, angle = most * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
-    return length * np.sin(angle), length * np.cos(angle)
+def _plane(size: int, shift_T2: np.ndarray, angle_T: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each pixel of each frame lies on a layer's own plane: y, x in px, float32 [T, size, size].
+
+    The layer has been turned by `angle_T` (rad, + is clockwise, as y points down) about `origin`, the point of the plane
+    that lies in the middle of the picture, and then moved by `shift_T2` (y, x in px).
+    """
+    pixel = np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)
+    shift_T2, origin = shift_T2.astype(np.float32), origin.astype(np.float32)
+    dy = pixel[None, :, None] - shift_T2[:, 0, None, None]
+    dx = pixel[None, None, :] - shift_T2[:, 1, None, None]
+    cos, sin = (part.astype(np.float32)[:, None, None] for part in (np.cos(angle_T), np.sin(angle_T)))
+    return cos * dy - sin * dx + origin[0], sin * dy + cos * dx + origin[1]
 
 
-def render_clip(seed: int, index: int, label: int, num_frames: int = 32, size: int = 48) -> np.ndarray:
+def render_clip(seed: int, index: int, label: int, num_frames: int = 24, size: int = SIZE) -> np.ndarray:
     """One clip as uint8 [num_frames, size, size, 3] (grey RGB); `label` indexes CLASSES, `size` is in pixels.
 
     Raises ValueError or TypeError naming the argument: seed and index at least 0, num_frames at least 1, size at least 16.
@@ -81,51 +88,34 @@ def render_clip(seed: int, index: int, label: int, num_frames: int = 32, size: i
     if label >= len(CLASSES):
         raise ValueError(f"label must be within 0..{len(CLASSES) - 1}, got {label}")
     rng = np.random.default_rng([seed, index])  # every draw below is made for every label, in one order
-    unit = size / 48  # lengths below are in pixels of a 48 x 48 frame
-    background = 0.5 + 0.06 * _texture(rng, size)
-    speed, spin = unit * rng.uniform(1.0, 2.0), rng.uniform(0.10, 0.20)  # px, rad a frame
-    swing, period, start = unit * rng.uniform(3.0, 5.5), rng.uniform(8, 14), rng.uniform(0, 2 * np.pi)
-    drift, scroll = _within(rng, unit * CENTRE_DRIFT), _within(rng, unit * BACKGROUND_DRIFT)
+    shift_T2, turn_T = _motion(rng, CLASSES[label], num_frames, size / SIZE)
 
-    name = CLASSES[label]
-    velocity = {"left": (0, -speed), "right": (0, speed), "up": (-speed, 0), "down": (speed, 0)}.get(name, drift)
-    turn = {"clockwise": spin, "anticlockwise": -spin}.get(name, 0.0)
-    axis = {"shake_x": (0.0, 1.0), "shake_y": (1.0, 0.0)}.get(name, (0.0, 0.0))
-    time = np.arange(num_frames)
-    sway = swing * np.sin(2 * np.pi * time / period + start)
+    def layer(pace: float) -> tuple[np.ndarray, np.ndarray]:
+        return _plane(size, pace * shift_T2, rng.uniform(0, 2 * np.pi) + pace * turn_T, rng.uniform(0, size, 2))
 
-    video = np.stack([_shift(background, scroll[0] * t, scroll[1] * t) for t in time])
+    video = _sample(_texture(rng, size), *layer(1.0))
     for _ in range(OBJECTS):
-        centre, angle = rng.uniform(0, size, size=2), rng.uniform(0, 2 * np.pi)
-        radius, stretch, pace = unit * rng.uniform(3, 6), rng.uniform(1.4, 2.2), rng.uniform(0.85, 1.15)
-        surface = np.clip(rng.choice([0.12, 0.88]) + 0.12 * _texture(rng, size), 0, 1)
-        y_T = centre[0] + pace * (velocity[0] * time + axis[0] * sway)
-        x_T = centre[1] + pace * (velocity[1] * time + axis[1] * sway)
-        _paint(video, surface, y_T, x_T, angle + pace * turn * time, radius, stretch)
+        radius, stretch = size / SIZE * rng.uniform(6, 11), rng.uniform(1.0, 1.8)
+        surface = _texture(rng, size)
+        y, x = ((part + size / 2) % size - size / 2 for part in layer(rng.uniform(*PACE)))  # one on each tile
+        alpha = np.clip(radius + 0.5 - np.hypot(x / stretch, y), 0, 1)  # about a pixel of soft edge
+        inside = np.nonzero(alpha)
+        video[inside] += alpha[inside] * (_sample(surface, y[inside], x[inside]) - video[inside])
     return np.rint(255 * video.clip(0, 1)).astype(np.uint8)[..., None].repeat(3, axis=-1)
 
 
-def _paint(
-    video: np.ndarray,
-    surface: np.ndarray,
-    y_T: np.ndarray,
-    x_T: np.ndarray,
-    angle_T: np.ndarray,
-    radius: float,
-    stretch: float,
-) -> None:
-    """Lays an ellipse over video [T, S, S] in place: centres in px, angles in rad, half axes radius * stretch and radius."""
-    size = video.shape[1]
-    grid = np.arange(size)
-    dy = (grid[None, :, None] - y_T[:, None, None] + size / 2) % size - size / 2  # nearest image on the torus
-    dx = (grid[None, None, :] - x_T[:, None, None] + size / 2) % size - size / 2
-    frame, row, column = np.nonzero(np.hypot(dy, dx) < radius * stretch + 1)
-    dy, dx = dy[frame, row, 0], dx[frame, 0, column]
-    cos, sin = np.cos(angle_T)[frame], np.sin(angle_T)[frame]
-    own_x, own_y = cos * dx + sin * dy, -sin * dx + cos * dy  # the ellipse's own axes; y points down: + is clockwise
-    edge = radius - np.hypot(own_x / stretch, own_y)
-    alpha = np.clip(edge + 0.5, 0, 1).astype(np.float32)  # about a pixel of soft edge
-    video[frame, row, column] += alpha * (_sample(surface, own_y, own_x) - video[frame, row, column])
+def _motion(rng: np.random.Generator, name: str, num_frames: int, unit: float) -> tuple[np.ndarray, np.ndarray]:
+    """The background's shift [T, 2] (y, x in px) and turn [T] (rad) since the first frame; `unit` scales lengths."""
+    speed, spin = unit * rng.uniform(*SPEED), rng.uniform(*SPIN)
+    swing, period, start = unit * rng.uniform(*SWING), rng.uniform(*PERIOD), rng.uniform(0, 2 * np.pi)
+    drift, direction = unit * DRIFT * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)  # evenly from a disc
+    drifting = (drift * np.sin(direction), drift * np.cos(direction))
+    velocity = {"left": (0, -speed), "right": (0, speed), "up": (-speed, 0), "down": (speed, 0)}.get(name, drifting)
+    axis = {"shake_x": (0.0, 1.0), "shake_y": (1.0, 0.0)}.get(name, (0.0, 0.0))
+    turn = {"clockwise": spin, "anticlockwise": -spin}.get(name, 0.0)
+    time = np.arange(num_frames)
+    sway = swing * np.sin(2 * np.pi * time / period + start)
+    return np.outer(time, velocity) + np.outer(sway, axis), turn * time
 
 
 def encode_clip(path: str | os.PathLike[str], frames: np.ndarray, fps: int = 24) -> None:
@@ -171,7 +161,7 @@ def _write(index: int, folder: Path, seed: int, num_frames: int, size: int) -> t
 
 
 def write_motion_clips(
-    folder: str | os.PathLike[str], count: int, *, seed: int = 0, num_frames: int = 32, size: int = 48, workers: int = 2
+    folder: str | os.PathLike[str], count: int, *, seed: int = 0, num_frames: int = 24, size: int = SIZE, workers: int = 2
 ) -> Iterator[int]:
     """Write `count` clips as folder/<class>/<index>.mp4 and folder/labels.csv (path,label); classes take turns.
 
