@@ -21,32 +21,37 @@ def luma():
     }
 
 
+EDGE = 8  # px that the estimates leave out: filters wrap around there
+
+
 def blurred(images, sigma):
-    """[..., S, S] under a Gaussian of `sigma` pixels on the torus."""
+    """[..., S, S] under a Gaussian of `sigma` pixels, wrapping around."""
     f = np.fft.fftfreq(images.shape[-1])
     gain = np.exp(-2 * (np.pi * sigma) ** 2 * (f[:, None] ** 2 + f**2))
     return np.fft.ifft2(np.fft.fft2(images) * gain).real
 
 
 def gradient(images):
-    """Central differences of [..., S, S] along y and x, on the torus."""
+    """Central differences of [..., S, S] along y and x, wrapping around."""
     return tuple((np.roll(images, -1, axis) - np.roll(images, 1, axis)) / 2 for axis in (-2, -1))
 
 
-def translation(video):
-    """(y, x) in px of each step, [FRAMES - 1, 2]: least squares of change + motion . gradient = 0 over all pixels."""
+def inner(images):
+    return images[..., EDGE:-EDGE, EDGE:-EDGE]
+
+
+def flow(video):
+    """Motion of each step, [FRAMES - 1, 3]: (y, x) in px and clockwise turn about the middle in rad.
+
+    Least squares of change + (shift + turn * (x, -y)) . gradient = 0 over the inner pixels; y points down.
+    """
     smooth = blurred(video, 2.0)
-    slopes = np.stack(gradient((smooth[1:] + smooth[:-1]) / 2))
+    y, x = (inner(part) for part in gradient((smooth[1:] + smooth[:-1]) / 2))
+    change = inner(smooth[1:] - smooth[:-1])
+    place = inner(np.mgrid[: video.shape[1], : video.shape[2]]) - (video.shape[1] - 1) / 2
+    slopes = np.stack([y, x, y * place[1] - x * place[0]])
     normal = np.einsum("ityx,jtyx->tij", slopes, slopes)
-    change = np.einsum("ityx,tyx->ti", slopes, smooth[1:] - smooth[:-1])
-    return np.linalg.solve(normal, -change[..., None])[..., 0]
-
-
-def turning(video):
-    """Mean rotation in rad a step of the local orientation (structure tensor); + is clockwise, as y points down."""
-    y, x = gradient(blurred(video, 1.0))
-    orientation = blurred(x * x - y * y, 2.5) + 2j * blurred(x * y, 2.5)  # turns by twice the angle
-    return np.angle((orientation[:-1].conj() * orientation[1:]).sum()) / 2
+    return np.linalg.solve(normal, -np.einsum("ityx,tyx->ti", slopes, change)[..., None])[..., 0]
 
 
 @pytest.mark.parametrize(
@@ -54,30 +59,29 @@ def turning(video):
 )
 def test_constant_motion_along_one_axis(luma, name, axis, sign):
     for video in luma[name]:
-        steps = translation(video)
-        assert (sign * steps[:, axis] > 0.5).all()
+        steps = flow(video)
+        assert (sign * steps[:, axis] > 0.6).all()
         assert steps[:, axis].std() < 0.3 * abs(steps[:, axis].mean())
         assert abs(steps[:, 1 - axis].mean()) < 0.25 * abs(steps[:, axis].mean())
+        assert abs(steps[:, 2].mean()) < 0.01
 
 
 @pytest.mark.parametrize(("name", "axis"), [("shake_y", 0), ("shake_x", 1)])
 def test_to_and_fro_along_one_axis(luma, name, axis):
     for video in luma[name]:
-        steps = translation(video)
-        assert steps[:, axis].max() > 0.5
-        assert steps[:, axis].min() < -0.5
-        assert steps[:, axis].std() > 4 * steps[:, 1 - axis].std()
+        steps = flow(video)
+        assert steps[:, axis].max() > 0.6
+        assert steps[:, axis].min() < -0.6
+        assert steps[:, axis].std() > 3 * steps[:, 1 - axis].std()
+        assert abs(steps[:, 2].mean()) < 0.01
 
 
-def test_turning_and_staying_in_place(luma):
-    turns = {
-        name: np.array([turning(video) for video in luma[name]]) for name in ("clockwise", "anticlockwise", "shake_x")
-    }
-    assert (turns["clockwise"] > 0).all()
-    assert (turns["anticlockwise"] < 0).all()
-    assert abs(turns["shake_x"].mean()) < 0.3 * min(turns["clockwise"].mean(), -turns["anticlockwise"].mean())
-    for video in (*luma["clockwise"], *luma["anticlockwise"]):
-        assert np.abs(translation(video).mean(0)).max() < 0.6
+@pytest.mark.parametrize(("name", "sign"), [("clockwise", 1), ("anticlockwise", -1)])
+def test_turning_in_place(luma, name, sign):
+    for video in luma[name]:
+        steps = flow(video)
+        assert (sign * steps[:, 2] > 0.02).all()
+        assert np.abs(steps[:, :2].mean(0)).max() < 0.6
 
 
 def test_a_single_frame_looks_alike_in_all_kinds(luma):

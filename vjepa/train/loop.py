@@ -35,7 +35,8 @@ from vjepa.train.randomness import seed_everything
 from vjepa.train.records import BadFiles, JsonLines, RunError, TensorBoard
 from vjepa.train.run_directory import BAD_FILES_FILE, METRICS_FILE, forget_empty_run, open_run_directory
 from vjepa.train.signals import StopSignals
-from vjepa.train.trainer import Trainer
+from vjepa.train.threads import cores_left_to_workers
+from vjepa.train.trainer import Trainer, resolve_device
 
 log = logging.getLogger("vjepa")
 
@@ -85,6 +86,7 @@ def pretrain(config: PretrainConfig) -> RunResult:
     with (
         distributed_world() as world,
         _deterministic(config.run.deterministic),
+        cores_left_to_workers(resolve_device(config.train.device), config.data.num_workers),
         StopSignals() as stop,
         ExitStack() as stack,
     ):
