@@ -62,7 +62,7 @@ def test_masks_is_the_same_for_the_same_seed(clips, tmp_path):
     [
         (["--masks.strategy", "tube"], "random tube, 0.9 hidden"),
         (["--masks.strategy", "causal", "--masks.causal_frames", "4"], "context in the first 4 frames"),
-        (["--masks.packing", "budget"], "90."),
+        (["--masks.packing", "budget", "--masks.hidden_ratio", "0.75"], "75.0%"),
         (["--masks.packing", "truncate", "--draws", "8"], "over 8 clips"),
     ],
 )

@@ -161,7 +161,13 @@ def _write(index: int, folder: Path, seed: int, num_frames: int, size: int) -> t
 
 
 def write_motion_clips(
-    folder: str | os.PathLike[str], count: int, *, seed: int = 0, num_frames: int = 24, size: int = SIZE, workers: int = 2
+    folder: str | os.PathLike[str],
+    count: int,
+    *,
+    seed: int = 0,
+    num_frames: int = 24,
+    size: int = SIZE,
+    workers: int = 2,
 ) -> Iterator[int]:
     """Write `count` clips as folder/<class>/<index>.mp4 and folder/labels.csv (path,label); classes take turns.
 
