@@ -22,7 +22,6 @@ VARIABLE = "VJEPA_KERNELS"
 PREFERENCE = ("cuda", "triton", "cpu", "flash_attn", "xformers", "sdpa", "reference")
 # Names that have no row in this release: what is missing and what to use instead.
 ABSENT = {
-    "triton": "this release has no Triton kernels; use auto, sdpa or reference",
     "flash_attn": "this release has no FlashAttention backend; use sdpa, which calls the flash kernels of torch",
     "xformers": "this release has no xformers backend; use sdpa, which calls the memory-efficient kernels of torch",
 }
@@ -37,7 +36,7 @@ class Row:
     """One way to serve an op: `forward`, and `backward` if it has one.
 
     `why_not(device)` is None where it can run, or the reason; `unfit(*arguments)` is None or why it cannot take these
-    arguments. A row that is not `automatic` runs only when asked for by name.
+    arguments. On a device for which it is not `automatic`, a row runs only when asked for by name.
     """
 
     op: str
@@ -46,7 +45,7 @@ class Row:
     backward: Callable[..., Any] = _no_backward
     why_not: Callable[[torch.device], str | None] = lambda device: None
     unfit: Callable[..., str | None] = lambda *arguments: None
-    automatic: bool = True
+    automatic: Callable[[torch.device], bool] = lambda device: True
 
     def obstacle(self, device: torch.device, *arguments: Any) -> str | None:
         """Why this row cannot serve a call on `device`, with these arguments if they are given, or None."""
@@ -117,7 +116,7 @@ def select(op: str, device: torch.device, *arguments: Any) -> Row:
     _check_exists(name)
     for candidate in PREFERENCE:
         row = rows.get(candidate)
-        if row is not None and row.automatic and row.obstacle(device, *arguments) is None:
+        if row is not None and row.automatic(device) and row.obstacle(device, *arguments) is None:
             return row
     raise RuntimeError(f"no backend can serve {op} on {device}")
 
@@ -125,7 +124,7 @@ def select(op: str, device: torch.device, *arguments: Any) -> Row:
 def explain(op: str, device: torch.device) -> dict[str, str]:
     """Each backend that `op` has, in order of preference, and whether it can run on `device` or why not."""
     rows = [_TABLE[op][name] for name in PREFERENCE if name in _TABLE[op]]
-    return {row.name: row.why_not(device) or ("can run" if row.automatic else "runs if asked for") for row in rows}
+    return {row.name: row.why_not(device) or ("can run" if row.automatic(device) else "runs if asked for") for row in rows}
 
 
 def absent() -> dict[str, str]:

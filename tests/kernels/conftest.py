@@ -1,14 +1,23 @@
-"""Fixtures of the kernel tests: ragged sets, and the rule by which results are judged."""
+"""Fixtures of the kernel tests: backends and devices, ragged sets, and the rule by which results are judged.
+
+A test that takes `serving` runs once for each backend of the op; one that takes `device` runs on the GPU where there is
+one and else on the CPU, where Triton's interpreter serves the Triton kernels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
-from vjepa.kernels import TokenIndices
+from vjepa.kernels import TokenIndices, backend
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is made
 
 
 def make_sets(
@@ -55,6 +64,20 @@ def make_sets_fixture() -> Callable[..., TokenIndices]:
 @pytest.fixture(name="check_accuracy", scope="session")
 def check_accuracy_fixture() -> Callable[[Tensor, Tensor, Tensor], None]:
     return check_accuracy
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def serving(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, forced on the ops that have it."""
+    if request.param == "triton" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    with backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

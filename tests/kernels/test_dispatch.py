@@ -11,7 +11,7 @@ from vjepa.kernels import _dispatch, _native, backend, ema_update_, varlen_atten
 
 CPU = torch.device("cpu")
 LENGTHS, OFFSETS = (2, 3), torch.tensor([0, 2, 5], dtype=torch.int32)
-ABSENT = ("triton", "flash_attn", "xformers")
+ABSENT = ("flash_attn", "xformers")
 OPS = [
     "adamw_ema_",
     "ema_update_",

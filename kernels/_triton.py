@@ -1,0 +1,105 @@
+"""Triton as an option: where it can run, how its kernels are found, launched and listed for compilation ahead of time.
+
+Nothing here imports Triton before a kernel is wanted: the kernels of an op live in `_triton_<op>.py`, whose functions
+:func:`row` imports at their first call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dispatch import Row
+
+INTERPRETER = "TRITON_INTERPRET"  # set to 1 before the first kernel: NumPy runs the kernels, on CPU tensors
+OLDEST = (8, 0)  # compute capability: bfloat16 matrix instructions
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, as Triton itself decides it."""
+    return os.environ.get(INTERPRETER, "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why Triton kernels cannot serve tensors on `device`, with the remedy, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; get it with: pip install triton (Linux; CUDA builds of torch bring it)"
+    if device.type == "cuda":
+        if interpreted():
+            return f"{INTERPRETER}=1 is set, under which kernels serve CPU tensors only; unset it"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return f"{device} has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
+        return None
+    if device.type == "cpu":
+        return None if interpreted() else f"Triton serves CPU tensors only under its interpreter: set {INTERPRETER}=1"
+    return f"it serves CUDA devices, not {device.type}"
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether auto may take a Triton row: never the interpreter, which is for tests."""
+    return device.type == "cuda"
+
+
+def row(
+    op: str, module: str, forward: str, backward: str | None = None, unfit: Callable[..., str | None] | None = None
+) -> Row:
+    """The table row that serves `op` with functions of `vjepa.kernels.<module>`, imported at their first call."""
+    optional = {} if backward is None else {"backward": _lazy(module, backward)}
+    if unfit is not None:
+        optional["unfit"] = unfit
+    return Row(op, "triton", _lazy(module, forward), why_not=why_not, automatic=on_gpu, **optional)
+
+
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(f"{__package__}.{module}"), name)(*arguments)
+
+    return call
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's GPU the current one while kernels are launched; nothing where it is already, or on a CPU."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least `number` (1 for 0)."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel, as a launcher launches it, to be compiled ahead of time.
+
+    Args:
+        name: op, direction, dtypes and widths, for the table.
+        kernel: the `triton.jit` function.
+        types: Triton type of each run-time argument by name, e.g. {"x_ptr": "*bf16", "num_rows": "i32"}.
+        constants: value of each constexpr by name (also of arguments that are None).
+        divisible: names of run-time arguments known to be multiples of 16 (pointers aligned to 16 bytes, widths).
+        num_warps, num_stages: as launched.
+        matrix: it must contain matrix instructions.
+        wide: it must move rows by 16-byte accesses.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    matrix: bool = False
+    wide: bool = True
+    ones: tuple[str, ...] = field(default=())  # run-time arguments that are 1 (unit strides), which Triton folds
