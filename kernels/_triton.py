@@ -44,19 +44,17 @@ def why_not(device: torch.device) -> str | None:
     return f"it serves CUDA devices, not {device.type}"
 
 
-def on_gpu(device: torch.device) -> bool:
-    """Whether auto may take a Triton row: never the interpreter, which is for tests."""
-    return device.type == "cuda"
-
-
 def row(
     op: str, module: str, forward: str, backward: str | None = None, unfit: Callable[..., str | None] | None = None
 ) -> Row:
-    """The table row that serves `op` with functions of `vjepa.kernels.<module>`, imported at their first call."""
+    """The table row that serves `op` with functions of `vjepa.kernels.<module>`, imported at their first call.
+
+    Not automatic before it has been measured beside the reference on a GPU: until then it is reached by name.
+    """
     optional = {} if backward is None else {"backward": _lazy(module, backward)}
     if unfit is not None:
         optional["unfit"] = unfit
-    return Row(op, "triton", _lazy(module, forward), why_not=why_not, automatic=on_gpu, **optional)
+    return Row(op, "triton", _lazy(module, forward), why_not=why_not, automatic=lambda device: False, **optional)
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
