@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -345,7 +346,7 @@ def _run_facts(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, 
         "Steps logged": f"{len(metrics)} lines, up to step {metrics[-1].get('step', '?')}" if metrics else "none",
         "Bad files skipped": len(bad.read_text(encoding="utf-8").splitlines()) if bad.is_file() else 0,
         "Versions": f"vjepa {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        "Machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads{cuda}",
+        "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical processors{cuda}",
         "Report written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
 

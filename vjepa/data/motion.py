@@ -3,13 +3,13 @@
 A textured background and six textured ellipses before it move together, each at its own pace (parallax):
 
     left, right, up, down      constant velocity
-    clockwise, anticlockwise   all turn about the middle of the picture at a constant rate
+    clockwise, anticlockwise   all turn at a constant rate, about a point near the middle that drifts slowly
     shake_x, shake_y           to and fro along one axis
 
 Textures, shapes, places, orientations, speeds and phases are drawn alike for every kind, and every layer is an endless
-plane, so the distribution of a *single* frame is the same for all: only the change between frames tells them apart.
-All textures share one spectrum and one contrast: the motion is the only thing that one part of a clip tells of another.
-Everything is a pure function of (seed, index).
+plane, so the distribution of a *single* rendered frame is the same for all: only the change between frames tells them
+apart. All textures share one spectrum and one contrast: the motion is nearly the only thing that one part of a clip tells
+of another. Everything is a pure function of seed, index, label and size.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "shake_x
 SIZE = 64  # px; lengths below are for frames of this size and grow with it
 OBJECTS = 6
 CONTRAST = 0.2  # standard deviation of every texture, of a range of 0..1
-LONGEST_WAVE = 17.0  # px: less than two tubelets, so that no texture spreads over many of them
+LONGEST_WAVE = 17.0  # px: about a patch of the demo, so that the look of one hardly tells that of its neighbours
 SPEED = (1.0, 2.0)  # px a frame
 SPIN = (0.04, 0.08)  # rad a frame: 1.3 to 2.6 px a frame at the middle of an edge
 SWING, PERIOD = (3.0, 5.5), (8.0, 14.0)  # px either way, frames
-DRIFT = 0.3  # px a frame at most, any direction, for kinds that stay in place: a resting centre would give them away
+DRIFT = 0.3  # px a frame at most, any direction, for kinds that stay in place: nothing rests
 PACE = (0.7, 1.3)  # of an object, relative to the background
 
 
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Periodic noise around grey, float32 [size, size]: random phases, amplitude f^-2 up to the longest wave."""
+    """Periodic filtered noise around grey, float32 [size, size]: amplitude f^-2 on average, up to the longest wave."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
     lowest = SIZE / size / LONGEST_WAVE
     amplitude = np.where(frequency >= lowest, 1.0 / np.maximum(frequency, lowest), 0.0) ** 2
@@ -50,9 +50,9 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
 def _sample(texture: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Bilinear lookup on the plane that the texture tiles; y, x in pixels, of one shape, which is the result's."""
     size = texture.shape[0]
-    y0, x0 = np.floor(y).astype(np.int32), np.floor(x).astype(np.int32)
-    fy, fx = y - y0, x - x0
-    y0, x0 = y0 % size, x0 % size
+    below_y, below_x = np.floor(y), np.floor(x)
+    fy, fx = y - below_y, x - below_x
+    y0, x0 = below_y.astype(np.int32) % size, below_x.astype(np.int32) % size
     y1, x1 = (y0 + 1) % size, (x0 + 1) % size
     top = texture[y0, x0] * (1 - fx) + texture[y0, x1] * fx
     return top * (1 - fy) + (texture[y1, x0] * (1 - fx) + texture[y1, x1] * fx) * fy

@@ -4,8 +4,8 @@
           nonfinite/step_00000017/
 
 Everything that decides the numbers of step k is a function of the configuration and k (clips, masks, schedules) or is
-in the checkpoint (weights, moments, random generators): a resumed run on a CPU is the run it would have been, bit for
-bit.
+in the checkpoint (weights, moments, random generators, number of threads): a resumed run on a CPU is the run it would
+have been, bit for bit.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from vjepa.train.randomness import seed_everything
 from vjepa.train.records import BadFiles, JsonLines, RunError, TensorBoard
 from vjepa.train.run_directory import BAD_FILES_FILE, METRICS_FILE, forget_empty_run, open_run_directory
 from vjepa.train.signals import StopSignals
-from vjepa.train.threads import cores_left_to_workers
-from vjepa.train.trainer import Trainer, resolve_device
+from vjepa.train.threads import compute_threads, threads_beside
+from vjepa.train.trainer import Trainer
 
 log = logging.getLogger("vjepa")
 
@@ -86,7 +86,6 @@ def pretrain(config: PretrainConfig) -> RunResult:
     with (
         distributed_world() as world,
         _deterministic(config.run.deterministic),
-        cores_left_to_workers(resolve_device(config.train.device), config.data.num_workers),
         StopSignals() as stop,
         ExitStack() as stack,
     ):
@@ -132,7 +131,10 @@ class _Run:
         self.trainer = Trainer(VJEPA(model_config), config.train)
         self.alarm = CollapseAlarm()
         self.saved, self.skipped = -1, 0
+        on_cpu = self.trainer.device.type == "cpu"
+        self.threads = threads_beside(config.data.num_workers) if on_cpu else torch.get_num_threads()
         self._resume()
+        stack.enter_context(compute_threads(self.threads))
         self._open_outputs(stack)
         self._begin_window()
 
@@ -140,7 +142,7 @@ class _Run:
         checkpoints = list_checkpoints(self.directory)
         if checkpoints:
             extra = self.trainer.load(checkpoints[-1])
-            if not {"alarm", "skipped_clips"} <= extra.keys():
+            if not {"alarm", "skipped_clips", "threads"} <= extra.keys():
                 raise RunError(f"Cannot resume {self.directory}: {checkpoints[-1]} was not saved by a run.")
             self.alarm.load_state_dict(extra["alarm"])
             processes = len(extra["skipped_clips"])
@@ -150,10 +152,24 @@ class _Run:
                     "which decides the clips of each step."
                 )
             self.skipped = extra["skipped_clips"][self.world.rank]
+            self._take_threads(extra["threads"][self.world.rank])
             self.saved = self.trainer.steps_done
         done, last = self.trainer.steps_done, self.config.train.last_step
         if done > last:
             raise RunError(f"Cannot resume {self.directory} up to step {last}: it is at step {done} already.")
+
+    def _take_threads(self, saved: int) -> None:
+        """As many threads as the run had, which decides the order of sums on a CPU, where PyTorch has as many here."""
+        if self.trainer.device.type != "cpu" or saved == self.threads:
+            return
+        if saved <= torch.get_num_threads():
+            self.threads = saved
+        else:
+            log.warning(
+                "the run computed with %d threads and continues with %d: equal to rounding, not bit for bit",
+                saved,
+                self.threads,
+            )
 
     def _open_outputs(self, stack: ExitStack) -> None:
         done, first = self.trainer.steps_done, self.world.rank == 0
@@ -294,7 +310,11 @@ class _Run:
             return
         if self.metrics:
             self.metrics.flush_to_disk()
-        extra = {"alarm": self.alarm.state_dict(), "skipped_clips": gather_objects(self.bad_files.clips)}
+        extra = {
+            "alarm": self.alarm.state_dict(),
+            "skipped_clips": gather_objects(self.bad_files.clips),
+            "threads": gather_objects(self.threads),
+        }
         self.trainer.save(self.directory / CHECKPOINTS / step_name(self.trainer.steps_done), extra)
         self.saved = self.trainer.steps_done
         if self.world.rank == 0:

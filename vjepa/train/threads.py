@@ -8,22 +8,29 @@ from contextlib import contextmanager
 
 import torch
 
+PROCESSES = "LOCAL_WORLD_SIZE"  # training processes on this machine, as torchrun tells
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
+
+def usable_processors() -> int:
+    """Logical processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def cores_left_to_workers(device: torch.device, num_workers: int) -> Iterator[None]:
-    """On a CPU, PyTorch computes with a thread for each core that the loader's workers leave, at least one; then as before.
+def threads_beside(num_workers: int) -> int:
+    """A thread for each processor that the loader's workers leave, but at least for every second one.
 
-    PyTorch's threads wait for each other by spinning, so a thread that shares its core with a worker holds up all of
-    them. Never raises the number of threads: OMP_NUM_THREADS and torch.set_num_threads still bound it.
+    PyTorch's threads wait for each other by spinning, so a thread that shares its processor with a worker holds up all of
+    them. Never more than PyTorch would take: OMP_NUM_THREADS and torch.set_num_threads still bound it.
     """
+    mine = usable_processors() // int(os.environ.get(PROCESSES, "1"))
+    return min(torch.get_num_threads(), max(1, mine // 2, mine - num_workers))
+
+
+@contextmanager
+def compute_threads(number: int) -> Iterator[None]:
+    """PyTorch computes with `number` threads inside, and with as many as before after."""
     before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(min(before, max(1, usable_cores() - num_workers)))
+    torch.set_num_threads(number)
     try:
         yield
     finally:
