@@ -6,7 +6,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,8 +206,44 @@ def test_a_killed_worker_is_an_error_and_an_interrupted_one_carries_on(folder):
     for _ in range(8):
         next(batches)
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"reading clips failed: DataLoader worker .*exited unexpectedly"):
+    with pytest.raises(DataError, match=r"reading clips failed: .*worker.*; was it killed"):
         list(itertools.islice(batches, 100))
+
+
+LOADS_FOREVER = """
+import multiprocessing, sys, time
+from vjepa.data import ClipLoader, DataConfig
+if __name__ == "__main__":
+    config = DataConfig(path=sys.argv[1], num_workers=1, frame_stride=2, start_method=sys.argv[2], max_bad_share=1.0)
+    batches = ClipLoader(config, 4, (16, 16), 2).batches(0, 10_000)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork", "spawn"])
+def test_workers_end_when_the_training_process_is_killed(folder, tmp_path, start_method):
+    script = tmp_path / "loads.py"
+    script.write_text(LOADS_FOREVER)
+    command = [sys.executable, str(script), str(folder), start_method]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        workers = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 1
+    deadline = time.monotonic() + 30
+    while alive(workers[0]):
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Running, and not merely waiting to be reaped."""
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_stopping_early_ends_the_workers(folder):

@@ -8,6 +8,7 @@ hang. The server imports torch and PyAV once, so each worker starts at once.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -100,6 +101,8 @@ def _next(iterator: Iterator[Item], patience: float) -> Item:
     while True:
         try:
             return next(iterator)
+        except (EOFError, ConnectionError) as error:  # its memory is handed over by the worker itself
+            raise DataError(f"reading clips failed: a worker ended while handing over its batch; {HINT}") from error
         except RuntimeError as error:
             message = str(error).splitlines()[0]
             if not message.startswith("DataLoader"):
@@ -117,5 +120,17 @@ def _unchanged(item: Item) -> Item:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the training process decides what it means, workers carry on until then."""
+    """Ctrl-C reaches the whole process group: the training process decides what it means, workers carry on until then.
+
+    They end with the training process, however that ends: torch watches the process that forked a worker, which is the
+    server, and the server lives as long as its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)  # from a thread; there is nobody left to hand anything to
