@@ -3,29 +3,36 @@
 #   TORCH   the PyTorch to install (torch==2.13.0): any requirement that pip understands, from version 2.10
 #   ARGS    passed on to the demo, the tests or the benchmarks
 #   OUT     folder of the benchmarks' JSON (benchmarks/results)
+#   STAGE   of `make gpu`: test, tokens, overhead, ema or all (all)
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= benchmarks/results
+STAGE ?= all
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+OLDER_TRITON := $(if $(filter Linux,$(shell uname -s)),$(STAMP)-triton-3.6.0)
 # The same versions as in .pre-commit-config.yaml: a formatter's output changes with its version.
 LINTERS := ruff==0.17.5 clang-format==23.1.5 typos==1.52.0 mypy==2.4.1
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-STAGE := build/stage
+STAGED := build/stage
 
-.PHONY: demo test lint typecheck bench gpu venv clean stage
+.PHONY: demo test aot lint typecheck bench gpu gpu-test gpu-tokens gpu-overhead gpu-ema gpu-stage gpu-machine venv clean stage
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-train
 	$(BIN)/python -m vjepa.demo $(ARGS)
 
-test: $(STAMP)-test
+test: $(STAMP)-test $(OLDER_TRITON)
 	$(BIN)/python -m pytest $(ARGS)
+
+# docs/ahead_of_time.md: what the Triton kernels become on every architecture; no GPU needed
+aot: $(STAMP)-test $(OLDER_TRITON)
+	$(BIN)/python tests/kernels/ahead_of_time.py table
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .
@@ -35,29 +42,57 @@ lint: $(STAMP)-lint
 
 # mypy cannot follow kernels/ -> vjepa.kernels in the sources, so it checks a staged copy of the package.
 typecheck: $(STAMP)-test $(STAMP)-lint stage
-	cd $(STAGE) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p vjepa
+	cd $(STAGED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p vjepa
 
 bench: $(STAMP)-test
 	OUT=$(OUT) $(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 # On a machine that has PyTorch with CUDA and pytest already: no environment, no network. The package is staged with its
-# native library and the working directory is the stage, so that `import vjepa` finds it there.
-GPU_PYTEST := $(PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -o addopts=--import-mode=importlib
-gpu:
+# native library, and tests and benchmarks run from the stage, so that `import vjepa` finds it there. Each stage ends
+# within 8 minutes, if need be by an interrupt; a benchmark's JSON is written as soon as it is measured.
+GPU_STAGED := build/gpu
+GPU_STAGES := test tokens overhead ema
+gpu_pytest = cd $(GPU_STAGED) && PYTHONPATH=$(abspath $(GPU_STAGED)) OUT=$(abspath $(OUT)) \
+	timeout --signal=INT --kill-after=20 $(1) $(PYTHON) -m pytest -q -ra --tb=short -c $(CURDIR)/pyproject.toml \
+	--rootdir $(CURDIR) -o addopts=--import-mode=importlib -p no:cacheprovider $(2) $(ARGS)
+# other tests than those of the kernels need packages that may be missing, so that their files are named
+GPU_TESTS := $(filter-out tests/kernels/%,$(shell grep -rl --include='test_*.py' 'mark\.gpu' tests))
+
+gpu: gpu-stage
+	@failed=; for stage in $(if $(filter all,$(STAGE)),$(GPU_STAGES),$(STAGE)); do \
+		$(MAKE) --no-print-directory gpu-$$stage || failed="$$failed $$stage"; \
+	done; \
+	$(PYTHON) benchmarks/report.py $(OUT) --kind cuda; \
+	test -z "$$failed" || { echo "make gpu: failed:$$failed"; exit 1; }
+
+gpu-test: gpu-stage
+	( $(call gpu_pytest,380,--ignore=$(CURDIR)/tests/kernels/test_ahead_of_time.py $(CURDIR)/tests/kernels) ); kernels=$$?; \
+	( $(call gpu_pytest,60,-m gpu $(addprefix $(CURDIR)/,$(GPU_TESTS))) ) && exit $$kernels
+
+gpu-tokens: BENCHMARKS := tubelet gather predictor_tokens loss
+gpu-overhead: BENCHMARKS := overhead
+gpu-ema: BENCHMARKS := ema
+gpu-tokens gpu-overhead gpu-ema: gpu-stage
+	$(call gpu_pytest,440,--benchmark-only $(BENCHMARKS:%=$(CURDIR)/benchmarks/bench_%.py))
+
+gpu-stage: gpu-machine $(GPU_STAGED)/.stamp
+
+gpu-machine:
 	@$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make gpu: PyTorch ' + torch.__version__ + ' finds no CUDA device')"
 	@$(PYTHON) -c "import pytest, pytest_benchmark, setuptools" || { echo "make gpu: the packages above must be installed"; exit 1; }
-	rm -rf $(STAGE)
-	$(PYTHON) setup.py --quiet build --build-lib $(STAGE)
-	cd $(STAGE) && $(GPU_PYTEST) -m gpu $(CURDIR)/tests $(ARGS)
-	cd $(STAGE) && OUT=$(abspath $(OUT)) $(GPU_PYTEST) --benchmark-only $(CURDIR)/benchmarks
+
+$(GPU_STAGED)/.stamp: $(NATIVE) $(shell find kernels vjepa -name '*.py')
+	rm -rf $(GPU_STAGED)
+	$(PYTHON) setup.py --quiet build --build-lib $(GPU_STAGED)
+	@touch $@
 
 stage:
-	rm -rf $(STAGE)
-	mkdir -p $(STAGE)
-	cp -r vjepa $(STAGE)/vjepa
-	cp -r kernels $(STAGE)/vjepa/kernels
+	rm -rf $(STAGED)
+	mkdir -p $(STAGED)
+	cp -r vjepa $(STAGED)/vjepa
+	cp -r kernels $(STAGED)/vjepa/kernels
 
-venv: $(STAMP)-test $(STAMP)-lint
+venv: $(STAMP)-test $(OLDER_TRITON) $(STAMP)-lint
 
 $(STAMP)-venv:
 	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 10) else 'vjepa needs Python 3.10 or newer, PYTHON=$(PYTHON) is ' + sys.version.split()[0])"
@@ -77,6 +112,11 @@ $(STAMP)-train: $(NATIVE) | $(STAMP)-torch
 $(STAMP)-test: $(NATIVE) | $(STAMP)-torch
 	$(PIP) install --constraint $(VENV)/constraints.txt --editable '.[train,test]'
 	@touch $@ $(STAMP)-train
+
+# The tests compile the Triton kernels with this Triton too; it lies in a folder of its own, where nothing else finds it.
+$(STAMP)-triton-3.6.0: | $(STAMP)-venv
+	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-3.6.0 triton==3.6.0
+	@touch $@
 
 $(STAMP)-lint: Makefile | $(STAMP)-venv
 	$(PIP) install $(LINTERS)

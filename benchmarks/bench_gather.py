@@ -1,31 +1,106 @@
-"""gather_tokens against index_select and against the gather over an expanded index of the usual masking code."""
+"""gather_tokens and scatter_tokens against index_select, index_copy and the expanded gather of the usual masking code.
+
+Masks are truncated, because the expanded gather needs rectangles; peers get the rows in [B * L, D] for nothing.
+"""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from vjepa.kernels import gather_tokens
-from vjepa.masks import MultiBlock
+from vjepa.kernels import gather_tokens, scatter_tokens
 
-CLIPS, TOKENS, WIDTH = 8, 1568, 384
+from .harness import Work, compiled, dtype_name
+from .workloads import LENGTH, SHORT, WIDTH, detached, masks, rectangles, rows_of
+
+CLIPS = {"cuda": 24, "cpu": 4}
+DTYPES = [torch.bfloat16, torch.float32]
 
 
-def bench_gather_context(compare, device):
-    # Truncated masks, because the expanded gather needs a rectangle: same tokens for everyone.
-    sampler = MultiBlock(kinds=((8, 0.15),), packing="truncate")
-    indices = sampler(CLIPS, torch.Generator().manual_seed(0)).context.to(device)
-    x = torch.randn(CLIPS, TOKENS, WIDTH, device=device)
-    kept = indices.total // CLIPS
-    rectangle = indices.indices.view(CLIPS, kept)
-    rows = (rectangle + torch.arange(CLIPS, device=device)[:, None] * TOKENS).flatten()
-    columns = rectangle[..., None].expand(-1, -1, WIDTH)
-    calls = {
-        "vjepa": lambda: gather_tokens(x, indices),
-        "index_select": lambda: x.view(-1, WIDTH).index_select(0, rows),
-        "expanded gather": lambda: torch.gather(x, 1, columns).view(-1, WIDTH),
-    }
-    expected = x[torch.arange(CLIPS, device=device)[:, None], rectangle].view(-1, WIDTH)
-    for call in calls.values():
-        assert torch.equal(call(), expected)
-    work = f"{CLIPS} clips x {kept} of {TOKENS} tokens x {WIDTH}, float32, packing truncate"
-    compare("gather", work, calls, bytes_moved=2 * indices.total * WIDTH * x.element_size())
+def forward_backward(function, x, grad):
+    """The output, and the gradient of x if there is a `grad` of the output."""
+    out = function(x)
+    return out if grad is None else (out, *torch.autograd.grad(out, (x,), grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+def bench_gather(compare, device, direction, dtype):
+    clips, backward = CLIPS[device.type], direction != "forward"
+    sets = masks("truncate", clips).context.to(device)
+    rows, shape = rows_of(sets), (clips, LENGTH, WIDTH)
+    columns = [ids[..., None].expand(-1, -1, WIDTH) for ids in rectangles(sets, clips)]
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_(backward)
+    grad = torch.randn(sets.total, WIDTH, device=device).to(dtype) if backward else None
+
+    def select(x):
+        return x.view(-1, WIDTH).index_select(0, rows)
+
+    def expanded(x):
+        return torch.cat([torch.gather(x, 1, column).view(-1, WIDTH) for column in columns])
+
+    fast = compiled(select)
+    truth = forward_backward(
+        select, x.detach().double().requires_grad_(backward), None if grad is None else grad.double()
+    )
+    moved = 2 * sets.total * WIDTH + (sets.total + x[..., 0].numel()) * WIDTH * backward
+    compare(
+        Work(
+            "gather",
+            f"gather, {sets.total / clips:.0f} tokens a clip, {direction}",
+            dtype_name(dtype),
+            {"x": list(shape), "out": [sets.total, WIDTH]},
+            "truncate",
+            bytes_moved=moved * x.element_size(),
+        ),
+        "gather_tokens",
+        lambda: forward_backward(lambda x: gather_tokens(x, sets), x, grad),
+        {
+            "index_select": lambda: forward_backward(select, x, grad),
+            "expanded gather": lambda: forward_backward(expanded, x, grad),
+            "torch.compile of index_select": lambda: forward_backward(fast, x, grad),
+        },
+        detached(*(truth if backward else (truth,))),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+def bench_scatter(compare, device, direction, dtype):
+    clips, backward = CLIPS[device.type], direction != "forward"
+    sets = masks("truncate", clips, [SHORT]).context.to(device)
+    rows, shape = rows_of(sets), (clips, LENGTH, WIDTH)
+    (ids,) = rectangles(sets, clips)
+    columns = ids[..., None].expand(-1, -1, WIDTH)
+    values = torch.randn(sets.total, WIDTH, device=device).to(dtype).requires_grad_(backward)
+    grad = torch.randn(shape, device=device).to(dtype) if backward else None
+
+    def copy(values):
+        return values.new_zeros(clips * LENGTH, WIDTH).index_copy(0, rows, values).view(shape)
+
+    def expanded(values):
+        return values.new_zeros(shape).scatter(1, columns, values.view(clips, -1, WIDTH))
+
+    fast = compiled(copy)
+    truth = forward_backward(
+        copy, values.detach().double().requires_grad_(backward), None if grad is None else grad.double()
+    )
+    moved = (sets.total + clips * LENGTH) * WIDTH + 2 * sets.total * WIDTH * backward
+    compare(
+        Work(
+            "gather",
+            f"scatter, {sets.total / clips:.0f} tokens a clip, {direction}",
+            dtype_name(dtype),
+            {"values": [sets.total, WIDTH], "out": list(shape)},
+            "truncate",
+            bytes_moved=moved * values.element_size(),
+        ),
+        "scatter_tokens",
+        lambda: forward_backward(lambda values: scatter_tokens(values, sets, LENGTH), values, grad),
+        {
+            "index_copy": lambda: forward_backward(copy, values, grad),
+            "expanded scatter": lambda: forward_backward(expanded, values, grad),
+            "torch.compile of index_copy": lambda: forward_backward(fast, values, grad),
+        },
+        detached(*(truth if backward else (truth,))),
+    )

@@ -1,46 +1,45 @@
-"""How the benchmarks measure: results are checked first, then all contenders take turns, and their ratios are printed.
+"""The fixtures of the benchmarks; how they measure is told in harness.py.
 
-    pytest benchmarks --benchmark-only                     prints the tables
+    pytest benchmarks --benchmark-only                     prints our ratios to the best peer, one line for each work
     pytest benchmarks --benchmark-only --results [FOLDER]  also writes <op>-<device>.json (default benchmarks/results)
+    pytest benchmarks --benchmark-disable                  checks all contenders and times none
 
-The environment variable OUT names the folder too. A time alone says little: each row has its GB/s or TFLOP/s, and each
-of our rows its ratio to the best peer beside it (above 1: faster than the peer).
+The environment variable OUT names the folder too. report.py makes the README's table and the plots from it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_RESULTS = ROOT / "benchmarks" / "results"
-ROUNDS = 15
-OURS = "vjepa"
-GIGA, TERA = 1e9, 1e12
+from vjepa.kernels import backend
 
+from . import report
+from .harness import (
+    ROUNDS,
+    Call,
+    Clock,
+    Contender,
+    DeviceClock,
+    HostClock,
+    Outcome,
+    Work,
+    check,
+    compete,
+    ours,
+)
+from .machine import Ceilings, machine, measure_ceilings
 
-@dataclass(frozen=True)
-class Row:
-    """One contender on one work. Times in seconds; bytes and FLOP are those the work needs, whoever does it."""
-
-    op: str
-    work: str  # shapes, dtype, packing
-    contender: str
-    median: float
-    spread: float  # interquartile range
-    bytes_moved: int
-    flop: int
-    peak_memory: int | None  # bytes, on a GPU
+DEFAULT_RESULTS = Path(__file__).parent / "results"
+OUTCOMES = pytest.StashKey[list[dict]]()
+ABOUT = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,16 +47,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", nargs="?", const=str(DEFAULT_RESULTS), default=os.environ.get("OUT"), help=help_text)
 
 
-ROWS = pytest.StashKey[list[Row]]()
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise pytest.UsageError(
+            "benchmarks: TRITON_INTERPRET is set, and the interpreter's times say nothing; unset it"
+        )
+    config.stash[OUTCOMES] = []
+    config.option.benchmark_quiet = True  # its table would hold the time of all contenders together
+    config.option.showcapture = "no"  # torch.compile logs thousands of lines
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -67,93 +70,84 @@ def _same_numbers_each_time() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def compare(benchmark, request: pytest.FixtureRequest, device: torch.device) -> Callable[..., None]:
-    """compare(op, work, contenders, bytes_moved=..., flop=0) times the contenders, a dict from names to callables.
+@pytest.fixture(scope="session", autouse=True)
+def _same_precision_for_all() -> Iterator[None]:
+    """float32 means float32 in the peers' convolutions too, whose algorithm cuDNN may choose by trying."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = False, True
+    yield
+    cudnn.allow_tf32, cudnn.benchmark = before
 
-    The first is ours, the rest are peers; the test has checked what each returns. They take turns, so that whatever
-    else the machine does in the meantime falls on all of them. pytest-benchmark times ours, the peers run in its setup.
+
+@pytest.fixture(scope="session")
+def clock(device: torch.device) -> Clock:
+    return DeviceClock() if device.type == "cuda" else HostClock()
+
+
+@pytest.fixture(scope="session")
+def ceilings(device: torch.device, clock: Clock, request: pytest.FixtureRequest) -> Ceilings:
+    return measure_ceilings(device, clock)
+
+
+@pytest.fixture
+def compare(
+    benchmark, request: pytest.FixtureRequest, device: torch.device, clock: Clock, ceilings: Ceilings
+) -> Callable[..., None]:
+    """compare(work, operator, call, peers, exact) times `call` under each backend of `operator` beside the peers.
+
+    exact: float64 tensors, what everybody's output is compared with, or verify(call, factor), which raises
+    AssertionError if `call` does not do the work. other_clock: instead of the session's.
     """
 
     def run(
-        op: str, work: str, contenders: dict[str, Callable[[], object]], *, bytes_moved: int, flop: int = 0
+        work: Work,
+        operator: str,
+        call: Call,
+        peers: Mapping[str, Call],
+        exact: tuple[Tensor, ...] | None = None,
+        verify: Callable[[Call, float], None] | None = None,
+        other_clock: Clock | None = None,
     ) -> None:
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        peaks: dict[str, int] = {}
+        if exact is not None:
+            with backend("reference"):
+                plain = call()
 
-        def timed(name: str) -> None:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            contenders[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated()
-            times[name].append(time.perf_counter() - start)
+            def verify(contender: Call, factor: float) -> None:
+                check(contender(), plain, exact, factor)
 
-        first, *peers = contenders
-        assert first.startswith(OURS)
-        benchmark.group = f"{op}: {work}"
-        benchmark.pedantic(timed, args=(first,), setup=lambda: [timed(name) for name in peers] and None, rounds=ROUNDS)
-        for name in contenders:
-            kept = times[name][-ROUNDS:]
-            low, _, high = statistics.quantiles(kept, n=4)
-            middle = statistics.median(kept)
-            row = Row(op, work, name, middle, high - low, bytes_moved, flop, peaks.get(name))
-            request.config.stash[ROWS].append(row)
+        assert verify is not None
+        contenders = [*ours(operator, device, call), *(Contender(name, peer) for name, peer in peers.items())]
+        rounds = ROUNDS if benchmark.enabled else 0
+        outcome = benchmark.pedantic(compete, (work, contenders, verify, other_clock or clock, device, rounds))
+        ceilings.set_shares(outcome)
+        record(request.config, outcome, ceilings, device)
+        if outcome.failed:
+            pytest.fail(f"{work.op}, {work.name}: {outcome.failed}", pytrace=False)
 
     return run
 
 
-def machine(device: torch.device) -> dict[str, str | int | None]:
-    """What a number cannot be read without."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else (models or [platform.machine()])[0],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") if commit.returncode == 0 else None,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def best_peer(rows: list[Row], row: Row) -> float:
-    """Median time of the fastest other contender on the same work."""
-    return min(
-        (r.median for r in rows if (r.op, r.work) == (row.op, row.work) and not r.contender.startswith(OURS)),
-        default=float("nan"),
-    )
+def record(config: pytest.Config, outcome: Outcome, ceilings: Ceilings, device: torch.device) -> None:
+    """Keep an outcome and write the file of its op at once: a run that is cut short has written what it measured."""
+    if ABOUT not in config.stash:
+        config.stash[ABOUT] = machine(device)
+    about, outcomes = config.stash[ABOUT], config.stash[OUTCOMES]
+    outcomes.append(outcome.as_dict())
+    if folder := config.getoption("--results"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        name = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", about["device"].lower())
+        content = {
+            "machine": about,
+            "ceilings": {"copy_gb_s": ceilings.copy_gb_s, "gemm_tflop_s": ceilings.gemm_tflop_s},
+            "works": [work for work in outcomes if work["op"] == outcome.work.op],
+        }
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (Path(folder) / f"{outcome.work.op}-{name}.json").write_text(text)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = machine(device)
-    write = terminalreporter.write_line
-    terminalreporter.section("vjepa: ratios to the best peer")
-    write(", ".join(f"{name} {value}" for name, value in about.items() if value is not None))
-    for op, work in dict.fromkeys((row.op, row.work) for row in rows):
-        write(f"{op}: {work}")
-        for row in sorted((r for r in rows if (r.op, r.work) == (op, work)), key=lambda r: r.median):
-            rate = f"{row.bytes_moved / row.median / GIGA:8.1f} GB/s"
-            rate += f" {row.flop / row.median / TERA:7.3f} TFLOP/s" if row.flop else " " * 16
-            ratio = f"{best_peer(rows, row) / row.median:6.2f}x" if row.contender.startswith(OURS) else ""
-            write(f"  {row.contender:32s} {row.median * 1e3:9.3f} ms +- {row.spread * 1e3:7.3f} {rate} {ratio}")
-    if folder := config.getoption("--results"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for op in dict.fromkeys(row.op for row in rows):
-            path = Path(folder) / f"{op}-{device.type}.json"
-            content = {"machine": about, "rows": [asdict(row) for row in rows if row.op == op]}
-            path.write_text(json.dumps(content, indent=1) + "\n")
-            write(f"wrote {path}")
+    if config.stash[OUTCOMES]:
+        terminalreporter.section("vjepa: time of the best peer over ours")
+        for line in report.lines(config.stash[ABOUT], config.stash[OUTCOMES]):
+            terminalreporter.write_line(line)

@@ -36,7 +36,7 @@ class Row:
     """One way to serve an op: `forward`, and `backward` if it has one.
 
     `why_not(device)` is None where it can run, or the reason; `unfit(*arguments)` is None or why it cannot take these
-    arguments. On a device for which it is not `automatic`, a row runs only when asked for by name.
+    arguments. On a device for which it is not `automatic` (or on any), a row runs only when asked for by name.
     """
 
     op: str
@@ -45,21 +45,26 @@ class Row:
     backward: Callable[..., Any] = _no_backward
     why_not: Callable[[torch.device], str | None] = lambda device: None
     unfit: Callable[..., str | None] = lambda *arguments: None
-    automatic: Callable[[torch.device], bool] = lambda device: True
+    automatic: Callable[[torch.device], bool] | bool = True
+
+    def unasked(self, device: torch.device) -> bool:
+        """Whether this row may be taken on `device` without being asked for."""
+        return self.automatic if isinstance(self.automatic, bool) else self.automatic(device)
 
     def obstacle(self, device: torch.device, *arguments: Any) -> str | None:
         """Why this row cannot serve a call on `device`, with these arguments if they are given, or None."""
         return self.why_not(device) or (self.unfit(*arguments) if arguments else None)
 
 
-_TABLE: dict[str, dict[str, Row]] = {}
+_TABLE: dict[str, dict[str, Row]] = {}  # rows of an op in the order of PREFERENCE
 _forced: list[str] = []  # innermost last; process-wide, because autograd runs backward in threads of its own
 _logged: set[tuple[str, str, str]] = set()
 
 
 def register(row: Row) -> None:
     """Add a row to the table."""
-    _TABLE.setdefault(row.op, {})[row.name] = row
+    rows = {**_TABLE.get(row.op, {}), row.name: row}
+    _TABLE[row.op] = {name: rows[name] for name in PREFERENCE if name in rows}
 
 
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -71,6 +76,8 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
     @functools.wraps(run)
     def run_without_autocast(*arguments: Any) -> Any:
         active = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not active:
+            return run(*arguments)
         with ExitStack() as stack:
             for kind in active:
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -85,7 +92,9 @@ def requested() -> str:
     """The backend asked for: the innermost `backend()` or else the environment variable, by default auto."""
     if _forced:
         return _forced[-1]
-    name = os.environ.get(VARIABLE, "auto") or "auto"
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return "auto"
     _check_name(name, f"the environment variable {VARIABLE}")
     return name
 
@@ -114,17 +123,18 @@ def select(op: str, device: torch.device, *arguments: Any) -> Row:
             raise RuntimeError(f"the backend {name} cannot serve {op} on {device}: {obstacle}")
         return rows[name]
     _check_exists(name)
-    for candidate in PREFERENCE:
-        row = rows.get(candidate)
-        if row is not None and row.automatic(device) and row.obstacle(device, *arguments) is None:
+    for row in rows.values():
+        if row.unasked(device) and row.obstacle(device, *arguments) is None:
             return row
     raise RuntimeError(f"no backend can serve {op} on {device}")
 
 
 def explain(op: str, device: torch.device) -> dict[str, str]:
     """Each backend that `op` has, in order of preference, and whether it can run on `device` or why not."""
-    rows = [_TABLE[op][name] for name in PREFERENCE if name in _TABLE[op]]
-    return {row.name: row.why_not(device) or ("can run" if row.automatic(device) else "runs if asked for") for row in rows}
+    return {
+        name: row.why_not(device) or ("can run" if row.unasked(device) else "runs if asked for")
+        for name, row in _TABLE[op].items()
+    }
 
 
 def absent() -> dict[str, str]:

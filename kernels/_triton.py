@@ -6,6 +6,7 @@ Nothing here imports Triton before a kernel is wanted: the kernels of an op live
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,8 @@ from ._dispatch import Row
 
 INTERPRETER = "TRITON_INTERPRET"  # set to 1 before the first kernel: NumPy runs the kernels, on CPU tensors
 OLDEST = (8, 0)  # compute capability: bfloat16 matrix instructions
+# Options of every launch. A product and a sum are rounded once: Triton 3.9 warns unless that is said, 3.10 changes its mind.
+LAUNCH = {"enable_fp_fusion": True}
 
 
 def interpreted() -> bool:
@@ -28,14 +31,25 @@ def interpreted() -> bool:
     return os.environ.get(INTERPRETER, "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported; it is not imported."""
+    return find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def why_not(device: torch.device) -> str | None:
     """Why Triton kernels cannot serve tensors on `device`, with the remedy, or None."""
-    if find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed; get it with: pip install triton (Linux; CUDA builds of torch bring it)"
     if device.type == "cuda":
         if interpreted():
             return f"{INTERPRETER}=1 is set, under which kernels serve CPU tensors only; unset it"
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device)
         if capability < OLDEST:
             return f"{device} has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
         return None
@@ -54,7 +68,7 @@ def row(
     optional = {} if backward is None else {"backward": _lazy(module, backward)}
     if unfit is not None:
         optional["unfit"] = unfit
-    return Row(op, "triton", _lazy(module, forward), why_not=why_not, automatic=lambda device: False, **optional)
+    return Row(op, "triton", _lazy(module, forward), why_not=why_not, automatic=False, **optional)
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
@@ -76,6 +90,11 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def ceil_div(number: int, size: int) -> int:
+    """Blocks of `size` that hold `number`. triton.cdiv, which may be called in kernels too, takes microseconds here."""
+    return -(-number // size)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One specialisation of a kernel, as a launcher launches it, to be compiled ahead of time.
@@ -87,7 +106,7 @@ class Variant:
         constants: value of each constexpr by name (also of arguments that are None).
         divisible: names of run-time arguments known to be multiples of 16 (pointers aligned to 16 bytes, widths).
         num_warps, num_stages: as launched.
-        matrix: it must contain matrix instructions.
+        matrix: it must contain matrix instructions; if not, it must contain none (float32 would be rounded to TF32).
         wide: it must move rows by 16-byte accesses.
     """
 

@@ -18,8 +18,11 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, INTS, check_device, check_ids, check_tensor, describe
 from ._dispatch import Row, choose, define, register
+from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
 
+register(triton_row("gather_tokens", "_triton_gather", "gather_tokens", "gather_tokens_backward"))
+register(triton_row("scatter_tokens", "_triton_scatter", "scatter_tokens", "scatter_tokens_backward"))
 register(Row("gather_tokens", "reference", reference.gather_tokens, reference.gather_tokens_backward))
 register(Row("scatter_tokens", "reference", reference.scatter_tokens, reference.scatter_tokens_backward))
 

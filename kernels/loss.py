@@ -3,9 +3,9 @@
     target_i = (f_i - mean(f_i)) / sqrt(var(f_i) + eps),   f_i = features[clip(i), indices[i]]
     loss     = 1/S sum_s  sum_{i in s} w_i (1/D sum_d |prediction_id - target_id|) / sum_{i in s} w_i
 
-N predicted tokens in S sets, B clips of L tokens, D features; w = 1 without weights. Reads 2 N D elements and writes
-N D signs of one byte for the backward pass, which writes N D gradients: memory-bound. Only the named rows of `features`
-are read. Everything between reading and the result is float32 (float64 for a float64 prediction).
+N predicted tokens in S sets, B clips of L tokens, D features; w = 1 without weights. Reads 2 N D elements and keeps mean
+and 1 / sqrt(var + eps) of each target; the backward pass reads the 2 N D again and writes N D: memory-bound. Only the named
+rows of `features` are read. Everything between reading and the result is float32 (float64 for a float64 prediction).
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, check_device, check_ids, check_no_empty_set, check_tensor, describe, lengths_tensor
 from ._dispatch import Row, choose, define, register
+from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
 
+WIDEST = 65536  # features of a row that 32 warps hold
+
+
+def _triton_unfit(prediction: Tensor, *arguments: object) -> str | None:
+    width = prediction.shape[1]
+    return None if width <= WIDEST else f"a program holds a row of at most {WIDEST} features, got {width}"
+
+
+register(triton_row("masked_l1_loss", "_triton_loss", "masked_l1_loss", "masked_l1_loss_backward", unfit=_triton_unfit))
 register(Row("masked_l1_loss", "reference", reference.masked_l1_loss, reference.masked_l1_loss_backward))
 
 
@@ -45,8 +55,8 @@ def _forward(
     check_ids("targets.clip", clip, features.shape[0], "clips")
     if weights is not None and weights.device.type == "cpu":
         _check_weights(weights, lengths.tolist())
-    row = choose("masked_l1_loss", prediction.device)
-    return row.forward(prediction, features, indices, cu_seqlens, clip, eps, weights)
+    arguments = (prediction, features, (indices, cu_seqlens, clip), eps, weights)
+    return choose("masked_l1_loss", prediction.device, *arguments).forward(*arguments)
 
 
 def _fake(
@@ -59,32 +69,45 @@ def _fake(
     eps: float,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    loss = prediction.new_empty((), dtype=reference.accumulator(prediction.dtype))
-    return loss, prediction.new_empty(prediction.shape, dtype=torch.int8)
+    wide = reference.accumulator(prediction.dtype)
+    return prediction.new_empty((), dtype=wide), prediction.new_empty((prediction.shape[0], 2), dtype=wide)
 
 
-def _backward(grad: Tensor, sign: Tensor, cu_seqlens: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _backward(
+    grad: Tensor,
+    prediction: Tensor,
+    features: Tensor,
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    clip: Tensor,
+    statistics: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
     row = choose("masked_l1_loss", grad.device)
-    return row.backward(grad, sign, cu_seqlens, weights, dtype)
+    return row.backward(grad, prediction, features, (indices, cu_seqlens, clip), statistics, weights)
 
 
 def _backward_fake(
-    grad: Tensor, sign: Tensor, cu_seqlens: Tensor, weights: Tensor | None, dtype: torch.dtype
+    grad: Tensor,
+    prediction: Tensor,
+    features: Tensor,
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    clip: Tensor,
+    statistics: Tensor,
+    weights: Tensor | None,
 ) -> Tensor:
-    return sign.new_empty(sign.shape, dtype=dtype)
+    return prediction.new_empty(prediction.shape)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    prediction, _, _, cu_seqlens, _, _, _, weights = inputs
-    ctx.save_for_backward(output[1], cu_seqlens, weights)
-    ctx.dtype = prediction.dtype
+    prediction, features, indices, cu_seqlens, clip, _, _, weights = inputs
+    ctx.save_for_backward(prediction, features, indices, cu_seqlens, clip, output[1], weights)
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, grad_sign):  # type: ignore[no-untyped-def]
-    sign, cu_seqlens, weights = ctx.saved_tensors
-    grad_prediction = torch.ops.vjepa.masked_l1_loss_backward(grad, sign, cu_seqlens, weights, ctx.dtype)
-    return grad_prediction, *(None,) * 7
+def _autograd(ctx, grad, grad_statistics):  # type: ignore[no-untyped-def]
+    return torch.ops.vjepa.masked_l1_loss_backward(grad, *ctx.saved_tensors), *(None,) * 7
 
 
 define(
@@ -96,7 +119,8 @@ define(
 )
 define(
     "masked_l1_loss_backward",
-    "(Tensor grad, Tensor sign, Tensor cu_seqlens, Tensor? weights, ScalarType dtype) -> Tensor",
+    "(Tensor grad, Tensor prediction, Tensor features, Tensor indices, Tensor cu_seqlens, Tensor clip, "
+    "Tensor statistics, Tensor? weights) -> Tensor",
     _backward,
     _backward_fake,
 )

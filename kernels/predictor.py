@@ -15,8 +15,10 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, INTS, check_device, check_ids, check_no_empty_set, check_tensor, describe, lengths_tensor
 from ._dispatch import Row, choose, define, register
+from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
 
+register(triton_row("predictor_tokens", "_triton_predictor", "predictor_tokens", "predictor_tokens_backward"))
 register(Row("predictor_tokens", "reference", reference.predictor_tokens, reference.predictor_tokens_backward))
 
 

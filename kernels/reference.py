@@ -18,6 +18,8 @@ from torch.optim.adamw import adamw
 
 # -------------------------------------------------------------------------------------------------- rows of ragged sets
 
+Sets = tuple[Tensor, Tensor, Tensor]  # indices [N], cu_seqlens [S+1], clip [S]
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over tensors of `dtype` run."""
@@ -60,10 +62,29 @@ def _tubelets(video: Tensor, kernel: tuple[int, int, int]) -> Tensor:
     return split.permute(0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def _num_tubelets(video: Tensor, weight: Tensor) -> int:
+def num_tubelets(video: Tensor, weight: Tensor) -> int:
     """L, the tubelets of a clip."""
     t, h, w = (size // step for size, step in zip(video.shape[2:], weight.shape[2:], strict=True))
     return t * h * w
+
+
+def scale_and_shift(
+    channels: int, mean: list[float] | None, std: list[float] | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[1, C, 1] factors and summands that turn bytes into (byte / 255 - mean) / std."""
+    mean = mean or [0.0] * channels
+    std = std or [1.0] * channels
+    scale = _per_channel(tuple(1 / (255 * s) for s in std), device, dtype)
+    return scale, _per_channel(tuple(-m / s for m, s in zip(mean, std, strict=True)), device, dtype)
+
+
+def normalised(pixels: Tensor, dtype: torch.dtype, mean: list[float] | None, std: list[float] | None) -> Tensor:
+    """[N, C, K/C] pixels -> [N, K] in `dtype`; bytes become (byte / 255 - mean) / std, computed wide, rounded once."""
+    if pixels.dtype == torch.uint8:
+        wide = accumulator(dtype)
+        scale, shift = scale_and_shift(pixels.shape[1], mean, std, pixels.device, wide)
+        pixels = pixels.to(wide).mul_(scale).add_(shift)
+    return pixels.to(dtype).flatten(1)
 
 
 def _patches(
@@ -86,15 +107,7 @@ def _patches(
             indices % columns,
         )
         tubelets = tubelets[where]
-    pixels = tubelets.reshape(-1, channels, weight[0, 0].numel())
-    if pixels.dtype == torch.uint8:
-        dtype = accumulator(weight.dtype)
-        mean = mean or [0.0] * channels
-        std = std or [1.0] * channels
-        scale = _per_channel(tuple(1 / (255 * s) for s in std), video.device, dtype)
-        shift = _per_channel(tuple(-m / s for m, s in zip(mean, std, strict=True)), video.device, dtype)
-        pixels = pixels.to(dtype).mul_(scale).add_(shift)
-    return pixels.to(weight.dtype).flatten(1)
+    return normalised(tubelets.reshape(-1, channels, weight[0, 0].numel()), weight.dtype, mean, std)
 
 
 def tubelet_embed(
@@ -113,7 +126,7 @@ def tubelet_embed(
     patches = _patches(video, weight, sets, mean, std)  # type: ignore[arg-type]
     out = F.linear(patches, weight.flatten(1), bias)
     if indices is None:
-        out = out.unflatten(0, (video.shape[0], _num_tubelets(video, weight)))
+        out = out.unflatten(0, (video.shape[0], num_tubelets(video, weight)))
     if pos_embed is None:
         return out
     pos = pos_embed if indices is None else pos_embed.index_select(0, indices)
@@ -163,7 +176,7 @@ def tubelet_embed_backward(
         if indices is None:
             grad_pos = grad.sum(0, dtype=wide)
         else:
-            grad_pos = sum_rows(grad_ND, indices, _num_tubelets(video, weight))
+            grad_pos = sum_rows(grad_ND, indices, num_tubelets(video, weight))
         grad_pos = grad_pos.to(pos_dtype)
     return grad_video, grad_weight, grad_bias, grad_pos
 
@@ -360,37 +373,30 @@ def _token_shares(cu_seqlens: Tensor, weights: Tensor | None, total: int, dtype:
     """[N] share of each token in the loss: w_i / (S * sum of w over its set), with w = 1 without weights."""
     sets = cu_seqlens.shape[0] - 1
     if weights is None:
-        sums = cu_seqlens.diff().to(dtype)
-        return per_token(1 / (sets * sums), cu_seqlens, total)
+        return per_token(1 / (sets * cu_seqlens.diff().to(dtype)), cu_seqlens, total)
     set_ids = per_token(torch.arange(sets, device=cu_seqlens.device), cu_seqlens, total)
-    sums = sum_rows(weights.to(dtype), set_ids, sets)
-    return weights.to(dtype) * per_token(1 / (sets * sums), cu_seqlens, total)
+    return weights.to(dtype) / (sets * sum_rows(weights.to(dtype), set_ids, sets)).index_select(0, set_ids)
 
 
 def masked_l1_loss(
-    prediction: Tensor,
-    features: Tensor,
-    indices: Tensor,
-    cu_seqlens: Tensor,
-    clip: Tensor,
-    eps: float,
-    weights: Tensor | None,
+    prediction: Tensor, features: Tensor, sets: Sets, eps: float, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss and, for the backward pass, sign(prediction - target) as int8 [N, D]."""
+    """The loss and, for the backward pass, mean and 1 / sqrt(var + eps) of each named row of features, [N, 2]."""
     wide = accumulator(prediction.dtype)
-    rows = gather_tokens(features, indices, cu_seqlens, clip).to(wide)
-    error = prediction.to(wide) - F.layer_norm(rows, rows.shape[1:], eps=eps)
-    shares = _token_shares(cu_seqlens, weights, error.shape[0], wide)
-    return (error.abs().mean(1) * shares).sum(), error.sign().to(torch.int8)
+    rows = gather_tokens(features, *sets).to(wide)
+    target, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
+    shares = _token_shares(sets[1], weights, rows.shape[0], wide)
+    return (target.sub_(prediction).abs_().mean(1) * shares).sum(), torch.cat((mean, rstd), 1)
 
 
 def masked_l1_loss_backward(
-    grad: Tensor, sign: Tensor, cu_seqlens: Tensor, weights: Tensor | None, dtype: torch.dtype
+    grad: Tensor, prediction: Tensor, features: Tensor, sets: Sets, statistics: Tensor, weights: Tensor | None
 ) -> Tensor:
-    """d loss / d prediction = share of the token * sign / D, [N, D]."""
-    wide = accumulator(dtype)
-    shares = _token_shares(cu_seqlens, weights, sign.shape[0], wide) * (grad.to(wide) / sign.shape[1])
-    return (sign * shares[:, None]).to(dtype)
+    """d loss / d prediction = share of the token * sign(prediction - target) / D, [N, D]."""
+    mean, rstd = statistics.split(1, 1)
+    target = gather_tokens(features, *sets).to(statistics.dtype).sub_(mean).mul_(rstd)
+    shares = _token_shares(sets[1], weights, target.shape[0], target.dtype) * (grad / target.shape[1])
+    return torch.sub(prediction, target).sign_().mul_(shares[:, None]).to(prediction.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- EMA and optimizer

@@ -15,11 +15,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cpu_tubelet, reference
 from ._checks import FLOATS, check_device, check_ids, check_tensor, describe
 from ._dispatch import Row, choose, define, register
+from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
 
+
+def _triton_unfit(video: Tensor, weight: Tensor) -> str | None:
+    return "its kernels do not compute in float64" if weight.dtype == torch.float64 else None
+
+
+register(triton_row("tubelet_embed", "_triton_tubelet", "tubelet_embed", "tubelet_embed_backward", unfit=_triton_unfit))
+register(
+    Row(
+        "tubelet_embed",
+        "cpu",
+        _cpu_tubelet.tubelet_embed,
+        _cpu_tubelet.tubelet_embed_backward,
+        why_not=_cpu_tubelet.why_not,
+        unfit=_cpu_tubelet.unfit,
+    )
+)
 register(Row("tubelet_embed", "reference", reference.tubelet_embed, reference.tubelet_embed_backward))
 
 
@@ -46,7 +63,7 @@ def _forward(
     if indices is not None and clip is not None:
         check_ids("indices", indices, _tokens(video, weight), "tokens of a clip")
         check_ids("clip", clip, video.shape[0], "clips")
-    row = choose("tubelet_embed", video.device)
+    row = choose("tubelet_embed", video.device, video, weight)
     return row.forward(video, weight, bias, pos_embed, indices, cu_seqlens, clip, mean, std)
 
 
@@ -79,7 +96,7 @@ def _backward(
     pos_dtype: torch.dtype | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row = choose("tubelet_embed", video.device)
+    row = choose("tubelet_embed", video.device, video, weight)
     return row.backward(grad, video, weight, indices, cu_seqlens, clip, mean, std, (bias_dtype, pos_dtype), needs)
 
 

@@ -80,6 +80,30 @@ def test_equals_eager_with_lengths_that_change_every_step(make_sets):
             torch.testing.assert_close(our, eager, rtol=1e-6, atol=1e-7)
 
 
+def test_100_masks_compile_nothing_after_the_first_two(make_sets):
+    step = Step()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(102):
+        lengths = torch.randint(1, L + 1, (2, 2), generator=generator).tolist()
+        with torch._dynamo.config.patch(error_on_recompile=number >= 2):
+            loss, *gradients = value_and_gradients(step, compiled, batch(lengths, make_sets, number))
+        assert loss.isfinite() and len(gradients) == 4
+
+
+def test_a_number_that_is_compiled_in_is_seen(make_sets):
+    """The condition of the test above can fail: on lengths given as a tuple torch.compile does specialise."""
+
+    def lengths_as_constants(x, sets):
+        return gather_tokens(x, sets) * len(sets.lengths) * sets.lengths[0]
+
+    compiled = torch.compile(lengths_as_constants, fullgraph=True, dynamic=False, backend="eager")
+    x = torch.zeros(2, L, D)
+    compiled(x, make_sets((2, 3), L))
+    with pytest.raises(torch._dynamo.exc.RecompileError), torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(x, make_sets((4, 3), L))
+
+
 def test_backend_is_chosen_when_compiled_code_runs(make_sets):
     step, counter = Step(), CompileCounter()
     compiled = torch.compile(step, fullgraph=True, backend=counter)

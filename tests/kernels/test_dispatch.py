@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -82,6 +83,23 @@ def test_absent_backends_raise_with_the_reason_and_a_remedy(monkeypatch, name):
     with pytest.raises(RuntimeError, match=f"the backend {name} cannot run here"):
         attend()
     assert name in _dispatch.absent()
+
+
+def test_rows_in_order_of_preference_whatever_the_order_of_registration(monkeypatch):
+    table: dict[str, dict[str, _dispatch.Row]] = {}
+    monkeypatch.setattr(_dispatch, "_TABLE", table)
+    rows = {name: _dispatch.Row("op", name, lambda: None) for name in ("reference", "sdpa", "cpu")}
+    for row in rows.values():
+        _dispatch.register(row)
+    assert list(_dispatch.explain("op", CPU)) == ["cpu", "sdpa", "reference"]
+    assert selected("op") == "cpu"
+    _dispatch.register(dataclasses.replace(rows["cpu"], automatic=False))
+    assert selected("op") == "sdpa"
+    _dispatch.register(dataclasses.replace(rows["sdpa"], automatic=lambda device: device.type == "cuda"))
+    assert selected("op") == "reference"
+    assert _dispatch.explain("op", CPU)["sdpa"] == "runs if asked for"
+    with backend("cpu"):
+        assert selected("op") == "cpu"
 
 
 def test_unknown_names_are_refused():

@@ -1,13 +1,19 @@
-"""On a GPU: the same results as on the CPU, and no wait for the device anywhere in a step."""
+"""On a GPU: the results of the CPU under every backend, no wait for the device anywhere in a step, no compilation for a
+new mask, and offsets beyond 2^31 elements."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vjepa.kernels import (
     EMA,
     AdamWEMA,
+    TokenIndices,
+    backend,
     gather_tokens,
     masked_l1_loss,
     predictor_tokens,
@@ -45,17 +51,18 @@ class Step(torch.nn.Module):
         return masked_l1_loss(gather_tokens(tokens, target), features, target)
 
 
-def inputs(make_sets):
-    context = make_sets((5, 9, 3, 3), L, (0, 1, 0, 1))
-    target = make_sets((2, 4, 8, 1), L, (0, 1, 0, 1), seed=1, duplicates=True)
+def inputs(make_sets, context=(5, 9, 3, 3), target=(2, 4, 8, 1), seed=0):
+    context = make_sets(context, L, (0, 1, 0, 1), seed=seed)
+    target = make_sets(target, L, (0, 1, 0, 1), seed=seed + 1, duplicates=True)
     video = torch.randint(0, 256, (2, 3, 2, 16, 16), dtype=torch.uint8)
     return video, context, target, torch.tensor([0, 0, 1, 1]), torch.randn(2, L, D)
 
 
-def test_equals_the_cpu(make_sets):
+def test_equals_the_cpu(make_sets, serving):
     arguments, step = inputs(make_sets), Step()
-    expected = step(*arguments)
-    gradients = torch.autograd.grad(expected, list(step.parameters()))
+    with backend("reference"):
+        expected = step(*arguments)
+        gradients = torch.autograd.grad(expected, list(step.parameters()))
     step.to("cuda")
     for _ in range(2):
         loss = step(*(argument.to("cuda") for argument in arguments))
@@ -64,7 +71,7 @@ def test_equals_the_cpu(make_sets):
             torch.testing.assert_close(ours.cpu(), plain, rtol=1e-3, atol=1e-4)
 
 
-def test_no_wait_for_the_device(make_sets):
+def test_no_wait_for_the_device(make_sets, serving):
     step, shadow = Step().cuda(), Step().cuda()
     arguments = [argument.to("cuda") for argument in inputs(make_sets)]
     optimizer = AdamWEMA(step.parameters(), list(shadow.parameters()), copies=torch.bfloat16)
@@ -81,3 +88,90 @@ def test_no_wait_for_the_device(make_sets):
         once()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_no_kernel_is_compiled_for_a_new_mask(make_sets, monkeypatch):
+    from triton import knobs
+
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **facts: compiled.append(str(facts["key"])))
+    step, random = Step().cuda(), torch.Generator().manual_seed(0)
+
+    def once(number):
+        lengths = [torch.randint(1, L + 1, (4,), generator=random).tolist() for _ in range(2)]
+        step(*(argument.to("cuda") for argument in inputs(make_sets, *lengths, seed=number))).backward()
+
+    with backend("triton"):
+        once(0)
+        assert compiled, "the hook must see the first compilation"
+        compiled.clear()
+        for number in range(1, 100):
+            once(number)
+    assert not compiled
+
+
+BEYOND = 2**31  # elements: their offsets do not fit in 32 bits
+
+
+def far_sets(clips, length, device):
+    """The first and last tokens of the first and last clips."""
+    sets = [torch.tensor([0, 1, length - 1]), torch.tensor([0, length - 2, length - 1])]
+    return TokenIndices.from_sets(sets, clip=[0, clips - 1]).to(device)
+
+
+def check_far_rows(clips, length, width, device):
+    """gather, its adjoint, scatter and the loss on [clips, length, width], whose last rows lie beyond `BEYOND`."""
+    sets = far_sets(clips, length, device)
+    x = torch.zeros(clips, length, width, dtype=torch.bfloat16, device=device)
+    clip, token = sets.clip.repeat_interleave(3), sets.indices
+    values = torch.randn(sets.total, width, device=device).bfloat16()
+    x[clip, token] = values
+    x.requires_grad_()
+    rows = gather_tokens(x, sets)
+    assert torch.equal(rows, values)
+    (grad,) = torch.autograd.grad(rows, x, values)
+    assert torch.equal(grad[clip, token], values)
+    assert grad.count_nonzero() == values.count_nonzero()
+    del grad, rows
+    features = x.detach()
+    loss = masked_l1_loss(values, features, sets)
+    expected = (values.double() - F.layer_norm(values.double(), (width,))).abs().mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    assert torch.equal(scatter_tokens(values, sets, length), features)
+
+
+def check_far_tubelets(clips, device):
+    """The tokens of the last clip, whose pixels lie beyond `BEYOND`, equal those of that clip alone."""
+    video = torch.zeros(clips, 3, 16, 224, 224, dtype=torch.uint8, device=device)
+    video[-1] = torch.randint(0, 256, video.shape[1:], dtype=torch.uint8)
+    weight = (torch.randn(16, 3, 2, 16, 16, device=device) / 40).requires_grad_()
+    ids = torch.tensor([0, 700, 1567])
+    grads, outs = [], []
+    for clip, source in ((clips - 1, video), (0, video[-1:].clone())):
+        sets = TokenIndices.from_sets([ids], clip=[clip]).to(device)
+        outs.append(tubelet_embed(source, weight, indices=sets))
+        grads.append(torch.autograd.grad(outs[-1].square().sum(), weight)[0])
+    assert outs[0].abs().min() > 0
+    assert torch.equal(*outs)
+    assert torch.equal(*grads)
+
+
+def memory_for(gibibytes):
+    free, _ = torch.cuda.mem_get_info()
+    if free < gibibytes * 2**30:
+        pytest.skip(f"{gibibytes} GiB of free GPU memory are needed, there are {free >> 30}")
+
+
+def test_rows_beyond_32_bits(serving):
+    memory_for(60)
+    clips, length, width = 3, 1 << 20, 1024
+    assert (clips - 1) * length * width >= BEYOND
+    check_far_rows(clips, length, width, "cuda")
+
+
+def test_pixels_beyond_32_bits(serving):
+    memory_for(8)
+    clips = 900
+    assert (clips - 1) * 3 * 16 * 224 * 224 >= BEYOND
+    check_far_tubelets(clips, "cuda")

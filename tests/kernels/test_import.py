@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -51,6 +52,10 @@ NAMES = [
 IN_PLACE = ("adamw_ema_", "ema_update_")
 WITH_BACKWARD = tuple(op for op in _dispatch.operators() if op not in IN_PLACE)
 BACKWARD = tuple(f"{op}_backward" for op in WITH_BACKWARD)
+TOKENS = ("gather_tokens", "masked_l1_loss", "predictor_tokens", "scatter_tokens", "tubelet_embed")
+WITHOUT_TRITON = re.compile(
+    r"triton: (Triton serves CPU tensors only under its interpreter: set TRITON_INTERPRET=1|Triton is not installed)"
+)
 
 
 def run(*arguments, **environment):
@@ -88,7 +93,7 @@ def test_importing_the_folder_under_another_name_is_refused():
 
 
 def test_diagnostics():
-    done = run("-m", "vjepa.kernels")
+    done = run("-m", "vjepa.kernels", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert torch.__version__ in lines["torch"]
@@ -97,7 +102,19 @@ def test_diagnostics():
     assert "backends on cpu (VJEPA_KERNELS=auto)" in done.stdout
     assert "sdpa: can run, reference: can run" in lines["varlen_attention"]
     assert "cuda: it serves tensors on a CUDA device" in lines["ema_update_"]
-    assert "this release has no Triton kernels; use auto, sdpa or reference" in lines["triton"]
+    for op in TOKENS:
+        assert WITHOUT_TRITON.search(lines[op]), lines[op]
+
+
+def test_diagnostics_of_triton():
+    """Where the interpreter is asked for, Triton can serve the CPU; asked for by name without it, it says why not."""
+    interpreted = run("-m", "vjepa.kernels", TRITON_INTERPRET="1")
+    compiled = run("-m", "vjepa.kernels", VJEPA_KERNELS="triton", TRITON_INTERPRET="0")
+    assert interpreted.returncode == compiled.returncode == 0, interpreted.stderr + compiled.stderr
+    for op in TOKENS:
+        assert re.search(rf"{op} .*triton: (runs if asked for|can run|Triton is not installed)", interpreted.stdout)
+        assert re.search(rf"{op} .*NONE: the backend triton cannot serve {op} on cpu: Triton ", compiled.stdout)
+    assert re.search(r"varlen_attention +sdpa ", compiled.stdout)  # has no such backend, so it stays on auto
 
 
 def test_diagnostics_of_a_forced_backend():

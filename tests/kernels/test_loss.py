@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.library import opcheck
 
-from vjepa.kernels import TokenIndices, masked_l1_loss
+from vjepa.kernels import TokenIndices, backend, masked_l1_loss
+from vjepa.kernels._dispatch import select
 
 B, L, D = 3, 10, 7
 LENGTHS, CLIP = (4, 1, 9, 2), (0, 1, 2, 0)
+N = sum(LENGTHS)
 
 
 def formula(prediction, features, targets, eps=1e-5, weights=None):
@@ -25,43 +29,100 @@ def formula(prediction, features, targets, eps=1e-5, weights=None):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_value_and_gradient(make_sets, dtypes, weighted):
-    targets = make_sets(LENGTHS, L, CLIP, duplicates=True)
-    prediction = torch.randn(16, D).to(dtypes[0]).requires_grad_()
-    features = (3 * torch.randn(B, L, D) + 5).to(dtypes[1])
-    weights = torch.rand(16) if weighted else None
-    loss = masked_l1_loss(prediction, features, targets, weights=weights)
-    assert loss.dtype == torch.float32
-    leaf = prediction.detach().double().requires_grad_()
-    exact = formula(leaf, features.double(), targets, weights=None if weights is None else weights.double())
-    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
-    (ours,), (truth,) = torch.autograd.grad(3 * loss, prediction), torch.autograd.grad(3 * exact, leaf)
-    assert ours.dtype == dtypes[0]
-    torch.testing.assert_close(ours.double(), truth, rtol=2 * torch.finfo(dtypes[0]).eps, atol=0)
+def with_gradient(loss, prediction, *arguments, **options):
+    leaf = prediction.detach().requires_grad_()
+    value = loss(leaf, *arguments, **options)
+    return value.detach(), *torch.autograd.grad(3 * value, leaf)
 
 
-def test_accuracy_in_float32(make_sets, check_accuracy):
-    targets = make_sets(LENGTHS, L, CLIP)
-    prediction, features = torch.randn(16, D), 10 + torch.randn(B, L, D)
-    exact = formula(prediction.double(), features.double(), targets)
-    check_accuracy(masked_l1_loss(prediction, features, targets), formula(prediction, features, targets), exact)
+def check(prediction, features, targets, weights=None, eps=1e-5):
+    """Value and gradient are the formula's; returns them."""
+    ours = with_gradient(masked_l1_loss, prediction, features, targets, weights=weights, eps=eps)
+    wide = None if weights is None else weights.double()
+    exact = with_gradient(formula, prediction.double(), features.double(), targets, weights=wide, eps=eps)
+    assert (ours[0].dtype, ours[1].dtype) == (torch.promote_types(prediction.dtype, torch.float32), prediction.dtype)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=2 * torch.finfo(prediction.dtype).eps, atol=0)
+    return ours
 
 
-def test_eps_and_equal_weights(make_sets):
-    targets = make_sets(LENGTHS, L, CLIP)
-    prediction, features = torch.randn(16, D), torch.randn(B, L, D)
-    exact = formula(prediction.double(), features.double(), targets, eps=0.7).float()
-    torch.testing.assert_close(masked_l1_loss(prediction, features, targets, eps=0.7), exact)
-    same = masked_l1_loss(prediction, features, targets, weights=torch.full((16,), 0.3))
-    torch.testing.assert_close(same, masked_l1_loss(prediction, features, targets))
+@pytest.fixture(autouse=True)
+def _used_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element that is never written shows."""
+
+    def filled(plain):
+        def call(*arguments, **options):
+            fresh = plain(*arguments, **options)
+            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
-def test_each_set_counts_alike_whatever_its_length():
-    targets = TokenIndices.from_sets([torch.tensor([0]), torch.arange(9)], clip=[0, 0])
-    features = torch.zeros(1, L, D)  # layer norm of a constant is 0
-    prediction = torch.cat([torch.full((1, D), 4.0), torch.full((9, D), 2.0)])
+@pytest.fixture
+def targets(make_sets, device):
+    return make_sets(LENGTHS, L, CLIP, duplicates=True).to(device)
+
+
+@pytest.fixture
+def inputs(device):
+    return torch.randn(N, D, device=device), 3 * torch.randn(B, L, D, device=device) + 5
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32), (FP32, BF16), (BF16, BF16), (FP16, FP16), (FP64, FP64)])
+@pytest.mark.parametrize("weights", [None, FP32, BF16])
+def test_value_and_gradient(inputs, targets, dtypes, weights):
+    share = None if weights is None else torch.rand(N, device=targets.indices.device).to(weights)
+    check(inputs[0].to(dtypes[0]), inputs[1].to(dtypes[1]), targets, share)
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (13, 2, 31), (1,) * 9 + (4,)])
+def test_any_sets(make_sets, device, lengths):
+    targets = make_sets(lengths, L, [n % B for n in range(len(lengths))], duplicates=True).to(device)
+    prediction, features = torch.randn(targets.total, D, device=device), torch.randn(B, L, D, device=device)
+    check(prediction, features, targets)
+    check(prediction, features, targets, torch.rand(targets.total, device=device))
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("width", [1, 64, 130, 384, 768, 1280, 1664, 2048, 4100, 9000])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_any_width(make_sets, device, width, dtype):
+    targets = make_sets((2, 3), L).to(device)
+    prediction, features = torch.randn(5, width, device=device), torch.randn(2, L, width, device=device)
+    check(prediction.to(dtype) + 9, features.to(dtype), targets)  # + 9: no difference is near 0
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_accuracy_in_float32(targets, inputs, check_accuracy, mean):
+    prediction, features = inputs[0], mean + inputs[1]  # squares of 1000 would swallow a variance of 9
+    exact = with_gradient(formula, prediction.double(), features.double(), targets)
+    plain = with_gradient(formula, prediction, features, targets)
+    for triple in zip(with_gradient(masked_l1_loss, prediction, features, targets), plain, exact, strict=True):
+        check_accuracy(*triple)
+
+
+@pytest.mark.usefixtures("serving")
+def test_eps_and_equal_weights(inputs, targets):
+    check(*inputs, targets, eps=0.7)
+    check(*inputs, targets, eps=0)
+    same = masked_l1_loss(*inputs, targets, weights=torch.full((N,), 0.3, device=inputs[0].device))
+    torch.testing.assert_close(same, masked_l1_loss(*inputs, targets))
+
+
+@pytest.mark.usefixtures("serving")
+def test_each_set_counts_alike_whatever_its_length(device):
+    targets = TokenIndices.from_sets([torch.tensor([0]), torch.arange(9)], clip=[0, 0], device=device)
+    features = torch.zeros(1, L, D, device=device)  # layer norm of a constant is 0
+    prediction = torch.cat([torch.full((1, D), 4.0), torch.full((9, D), 2.0)]).to(device)
     assert masked_l1_loss(prediction, features, targets).item() == pytest.approx(3.0)
 
 
@@ -74,45 +135,124 @@ def test_only_the_prediction_gets_a_gradient(make_sets):
     assert weights.grad is None
 
 
-def test_gradient_is_zero_where_the_prediction_is_exact():
-    prediction = torch.zeros(2, D, requires_grad=True)
-    masked_l1_loss(prediction, torch.zeros(1, L, D), TokenIndices.from_sets([torch.tensor([1, 2])])).backward()
-    assert not prediction.grad.any()
+@pytest.mark.usefixtures("serving")
+def test_gradient_is_zero_where_the_prediction_is_exact(device):
+    prediction = torch.zeros(2, D, device=device, requires_grad=True)
+    targets = TokenIndices.from_sets([torch.tensor([1, 2])], device=device)
+    masked_l1_loss(prediction, torch.zeros(1, L, D, device=device), targets).backward()
+    assert torch.equal(prediction.grad, torch.zeros_like(prediction))
 
 
-def test_only_the_named_rows_are_read(make_sets):
-    targets = TokenIndices.from_sets([torch.tensor([1, 3])])
-    features = torch.full((1, L, D), float("nan"))
-    features[0, [1, 3]] = torch.randn(2, D)
-    assert torch.isfinite(masked_l1_loss(torch.randn(2, D), features, targets))
+@pytest.mark.usefixtures("serving")
+def test_only_the_named_rows_are_read(device):
+    targets = TokenIndices.from_sets([torch.tensor([1, 3])], device=device)
+    features = torch.full((1, L, D), float("nan"), device=device)
+    features[0, [1, 3]] = torch.randn(2, D, device=device)
+    for result in with_gradient(masked_l1_loss, torch.randn(2, D, device=device), features, targets):
+        assert torch.isfinite(result).all()
 
 
-def test_gradcheck(make_sets):
-    targets = make_sets(LENGTHS, L, CLIP, duplicates=True)
-    prediction = torch.randn(16, D, dtype=torch.float64, requires_grad=True)
-    features, weights = torch.randn(B, L, D, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
+@pytest.mark.usefixtures("serving")
+@pytest.mark.filterwarnings("ignore:invalid value")  # of NumPy, below Triton's interpreter
+def test_a_set_without_weight_makes_the_loss_nan(inputs, targets, device):
+    weights = torch.ones(N, device=device)
+    weights[LENGTHS[0]] = 0  # the only token of set 1; on the CPU the operator refuses that
+    sets = (targets.indices, targets.cu_seqlens, targets.clip)
+    assert select("masked_l1_loss", device).forward(*inputs, sets, 1e-5, weights)[0].isnan()
+
+
+@pytest.mark.usefixtures("serving")
+def test_gradcheck(inputs, targets):
+    prediction, features = (x.double() for x in inputs)
+    weights = torch.rand(N, dtype=torch.float64, device=features.device)
     assert torch.autograd.gradcheck(
-        lambda p: masked_l1_loss(p, features, targets, weights=weights), (prediction,), fast_mode=True
+        lambda p: masked_l1_loss(p, features, targets, weights=weights), (prediction.requires_grad_(),), fast_mode=True
     )
 
 
-def test_deterministic_and_any_strides(make_sets):
-    targets = make_sets(LENGTHS, L, CLIP)
-    prediction, features = torch.randn(D, 16).T, torch.randn(L, B, D).transpose(0, 1)
-    losses = [masked_l1_loss(prediction, features, targets), masked_l1_loss(prediction, features, targets)]
-    losses.append(masked_l1_loss(prediction.contiguous(), features.contiguous(), targets))
-    assert losses[0] == losses[1] == losses[2]
+@pytest.mark.usefixtures("serving")
+def test_deterministic_and_any_strides(inputs, targets):
+    prediction, features = inputs
+    weights = torch.rand(N, device=prediction.device)
+    apart = {name: torch.stack((value := getattr(targets, name), value), 1)[:, 0] for name in ("indices", "clip")}
+    calls = [
+        (prediction, features, targets, weights),
+        (prediction, features, targets, weights),
+        (prediction.T.contiguous().T, features.movedim(0, -1).contiguous().movedim(-1, 0), targets, weights),
+        (
+            torch.cat((prediction, prediction), 1)[:, :D],
+            torch.stack((features, features), 2)[:, :, 1],
+            targets,
+            weights,
+        ),
+        (prediction, features, dataclasses.replace(targets, **apart), weights.repeat_interleave(3)[::3]),
+    ]
+    results = [with_gradient(masked_l1_loss, *call[:3], weights=call[3]) for call in calls]
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+    one = weights[:1].expand(N)
+    torch.testing.assert_close(masked_l1_loss(*inputs, targets, weights=one), masked_l1_loss(*inputs, targets))
 
 
-def test_opcheck(make_sets):
-    targets = make_sets(LENGTHS, L, CLIP)
-    prediction, features = torch.randn(16, D, requires_grad=True), torch.randn(B, L, D)
-    packed = (targets.indices, targets.cu_seqlens, targets.clip, torch.tensor(LENGTHS))
-    for weights in (None, torch.rand(16)):
-        opcheck(torch.ops.vjepa.masked_l1_loss.default, (prediction, features, *packed, 1e-5, weights))
-    sign = torch.randint(-1, 2, (16, D), dtype=torch.int8)
-    arguments = (torch.tensor(2.0), sign, targets.cu_seqlens, None, torch.bfloat16)
-    opcheck(torch.ops.vjepa.masked_l1_loss_backward.default, arguments)
+def test_backends_understand_each_other(inputs, targets):
+    pytest.importorskip("triton")
+    results = []
+    for forward, backward in (("reference", "reference"), ("triton", "reference"), ("reference", "triton")):
+        leaf = inputs[0].clone().requires_grad_()
+        with backend(forward):
+            loss = masked_l1_loss(leaf, inputs[1], targets)
+        with backend(backward):
+            results.append(torch.autograd.grad(loss, leaf)[0])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+def test_keeps_two_numbers_a_token_beside_its_inputs(inputs, targets):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        masked_l1_loss(inputs[0].requires_grad_(), inputs[1], targets)
+    given = {x.data_ptr() for x in (*inputs, targets.indices, targets.cu_seqlens, targets.clip)}
+    assert [tuple(x.shape) for x in kept if x.data_ptr() not in given] == [(N, 2)]
+
+
+def test_a_row_too_wide_for_a_program(device):
+    pytest.importorskip("triton")
+    one = TokenIndices.from_sets([torch.tensor([0])], device=device)
+    prediction = torch.ones(1, 65537, device=device)
+    with backend("triton"), pytest.raises(RuntimeError, match="at most 65536 features, got 65537"):
+        masked_l1_loss(prediction, prediction[None], one)
+    assert masked_l1_loss(prediction, prediction[None], one).item() == pytest.approx(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("serving")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+def test_offsets_beyond_32_bits(device):
+    far = 2**30 + 8
+    memory = torch.zeros(3 * far, dtype=BF16, device=device)
+    features = memory.as_strided((1, 3, 64), (0, far, 1))
+    features.copy_(torch.randn(1, 3, 64))
+    targets = TokenIndices.from_sets([torch.tensor([0, 2, 1])], device=device)
+    prediction = memory.as_strided((3, 64), (far, 1), 128).copy_(torch.randn(3, 64))
+    for ours, near in zip(
+        with_gradient(masked_l1_loss, prediction, features, targets),
+        with_gradient(masked_l1_loss, prediction.clone(), features.clone(), targets),
+        strict=True,
+    ):
+        assert torch.equal(ours, near)
+
+
+@pytest.mark.usefixtures("serving")
+def test_opcheck(inputs, targets):
+    prediction, features = inputs[0].requires_grad_(), inputs[1]
+    packed = (targets.indices, targets.cu_seqlens, targets.clip)
+    for weights in (None, torch.rand(N, device=features.device)):
+        arguments = (prediction, features, *packed, torch.tensor(LENGTHS), 1e-5, weights)
+        opcheck(torch.ops.vjepa.masked_l1_loss.default, arguments)
+        statistics = torch.ops.vjepa.masked_l1_loss(*arguments)[1]
+        grad = torch.tensor(2.0, device=features.device)
+        arguments = (grad, prediction.detach().bfloat16(), features, *packed, statistics, weights)
+        opcheck(torch.ops.vjepa.masked_l1_loss_backward.default, arguments)
 
 
 def ids(*sets, clip=None):

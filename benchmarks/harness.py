@@ -1,0 +1,289 @@
+"""How a number comes about: contenders are checked, then take turns at the same work.
+
+A contender whose result is wrong gets no time. On a GPU the L2 cache is emptied before each repetition, by reading a
+larger buffer for so long that the host is far ahead, and CUDA events time the device; on a CPU a clock does.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vjepa.kernels import _dispatch, backend
+
+GIGA, TERA = 1e9, 1e12
+ROUNDS = 50
+FEWEST_ROUNDS = 5  # of work so slow that all rounds would take longer than BUDGET
+BUDGET = 2.0  # seconds for all contenders of one work, checks and compilation apart
+EMPTYING = 1 << 28  # bytes read before each repetition on a GPU, or four times its L2 cache if that is more
+HOST_AHEAD = 1e-3  # seconds of reading queued before a timed call, so that its launches do not keep the GPU waiting
+OURS = 2.0  # our error may be so many times that of plain PyTorch in the same dtype, as in the tests
+PEERS = 10.0  # a peer may round at other places; it must still compute the same thing
+COMPILED = "torch.compile"  # peers of such a name need a compiler, which may be missing
+
+Call = Callable[[], object]
+Clock = Callable[[Call], float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all contenders do. Bytes and FLOP are those that the work needs, whoever does it and however."""
+
+    op: str  # names the file of results
+    name: str  # what is done to what
+    dtype: str
+    shapes: dict[str, list[int]]
+    packing: str | None = None
+    bytes_moved: int = 0
+    flop: int = 0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a work; ours have a backend, auto or by name."""
+
+    name: str
+    call: Call
+    backend: str | None = None
+    op: str | None = None  # ours: its name in the backend table
+
+
+@dataclass
+class Result:
+    """One contender's figures for a work: seconds, bytes, and shares of the ceilings measured in the same run."""
+
+    contender: str
+    backend: str | None  # the one asked for; None for a peer
+    served_by: str | None  # the ones that served, joined by +
+    median: float
+    spread: float  # interquartile range
+    rounds: int
+    peak_memory: int | None  # bytes beyond the inputs, on a GPU
+    gb_s: float | None = None
+    tflop_s: float | None = None
+    share_of_copy: float | None = None
+    share_of_gemm: float | None = None
+    peers: dict[str, dict[str, float]] = field(default_factory=dict)  # of ours: each peer's median and ratio
+    best_peer: str | None = None
+    ratio: float | None = None  # best peer's median over ours: above 1 we are faster
+
+
+@dataclass
+class Outcome:
+    """All results of one work; who failed the check or raised, and who could not run here, with the reasons."""
+
+    work: Work
+    results: list[Result] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        fields = asdict(self)
+        return {**fields.pop("work"), **fields}
+
+
+class Wrong(AssertionError):
+    """A contender does not compute what the work says."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def flatten(output: object) -> list[Tensor]:
+    """The tensors of a contender's output: a tensor, or tuples and lists of them."""
+    if isinstance(output, Tensor):
+        return [output.detach()]
+    return [tensor for part in output for tensor in flatten(part)] if isinstance(output, tuple | list) else []
+
+
+def errors(output: object, exact: Sequence[Tensor]) -> list[float]:
+    """Largest error of each tensor of `output` against float64; infinite where a shape or a value is no such result."""
+    tensors = flatten(output)
+    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in exact]:
+        return [float("inf")] * len(exact)
+    found = [float((a.double() - b).abs().max()) if b.numel() else 0.0 for a, b in zip(tensors, exact, strict=True)]
+    return [error if error == error else float("inf") for error in found]
+
+
+def check(output: object, plain: object, exact: Sequence[Tensor], factor: float) -> None:
+    """Raise Wrong unless errors are at most `factor` times those of `plain`, or one rounding of the largest value."""
+    ours, theirs = errors(output, exact), errors(plain, exact)
+    for number, (tensor, truth) in enumerate(zip(flatten(plain), exact, strict=True)):
+        rounding = torch.finfo(tensor.dtype).eps * float(truth.abs().max()) if truth.numel() else 0.0
+        allowed = factor * max(theirs[number], rounding)
+        if not ours[number] <= allowed:
+            raise Wrong(f"output {number}: error {ours[number]:.3g} against float64, allowed {allowed:.3g}")
+
+
+# --------------------------------------------------------------------------------------------------------------- clocks
+
+
+class HostClock:
+    """Seconds of a call by the host's clock, the mean of `calls` of them where one is too short."""
+
+    def __init__(self, calls: int = 1) -> None:
+        self.calls = calls
+
+    def __call__(self, call: Call) -> float:
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            call()
+        return (time.perf_counter() - start) / self.calls
+
+
+class LaunchClock(HostClock):
+    """Host seconds until a call has queued its work on an idle GPU: what it costs a step that launches bound."""
+
+    def __call__(self, call: Call) -> float:
+        torch.cuda.synchronize()
+        return super().__call__(call)
+
+
+class DeviceClock:
+    """Seconds of a call on the GPU, between two events, with none of its data in the L2 cache and the host ahead."""
+
+    def __init__(self) -> None:
+        level2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.buffer = torch.ones(max(4 * level2, EMPTYING) // 4, device="cuda")
+        self.passes = 0
+        for _ in range(3):
+            once = self(self.buffer.sum)
+        self.passes = 1 + int(HOST_AHEAD / once)
+
+    def __call__(self, call: Call) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(self.passes):
+            self.buffer.sum()  # reading leaves nothing to be written back while the call runs
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def peak_memory(call: Call) -> int:
+    """Bytes that a call needs on the GPU beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def take_turns(contenders: Iterable[Contender], clock: Clock, rounds: int) -> dict[str, list[float]]:
+    """Times of each contender, one in every round, so that whatever else the machine does falls on all of them."""
+    contenders = list(contenders)
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= FEWEST_ROUNDS and time.perf_counter() - start > BUDGET:
+            break
+        for contender in contenders:
+            with backend(contender.backend or "auto"):
+                times[contender.name].append(clock(contender.call))
+    return times
+
+
+# ---------------------------------------------------------------------------------------------------------- competition
+
+
+def compiled(function: Callable[..., object]) -> Callable[..., object]:
+    """torch.compile of a peer for these shapes alone, as its users would at best have it."""
+    torch._dynamo.reset()  # its cache belongs to the code of `function`, which other works may have filled
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def ours(op: str, device: torch.device, call: Call) -> list[Contender]:
+    """`call` under auto and under each backend that serves `op` at full speed (Triton's interpreter does not)."""
+    rows = _dispatch.explain(op, device)
+    names = [name for name, says in rows.items() if says in ("can run", "runs if asked for")]
+    names = ["auto", *(name for name in names if not (name == "triton" and device.type == "cpu"))]
+    return [Contender(f"vjepa ({name})", call, name, op) for name in names]
+
+
+@contextmanager
+def noting(op: str | None) -> Iterator[set[str]]:
+    """Collects the names of the backends that serve `op` inside the `with` block, forward or backward."""
+    names: set[str] = set()
+    select = _dispatch.select
+
+    def noted(asked: str, device: torch.device, *arguments: object) -> _dispatch.Row:
+        row = select(asked, device, *arguments)
+        if asked == op:
+            names.add(row.name)
+        return row
+
+    _dispatch.select = noted
+    try:
+        yield names
+    finally:
+        _dispatch.select = select
+
+
+def compete(
+    work: Work,
+    contenders: Sequence[Contender],
+    verify: Callable[[Call, float], None],
+    clock: Clock,
+    device: torch.device,
+    rounds: int = ROUNDS,
+) -> Outcome:
+    """Check each contender with `verify(call, factor)`, then time those that pass.
+
+    Who raises or is wrong has failed, except that a compiled peer which raises, for want of a compiler or otherwise,
+    and a backend of ours that says that it cannot serve such arguments are left out.
+    """
+    outcome = Outcome(work)
+    passed, peaks, served = [], {}, {}
+    for contender in contenders:
+        try:
+            with backend(contender.backend or "auto"), noting(contender.op) as served[contender.name]:
+                verify(contender.call, PEERS if contender.backend is None else OURS)
+                peaks[contender.name] = peak_memory(contender.call) if device.type == "cuda" else None
+            passed.append(contender)
+        except (AssertionError, RuntimeError, ValueError, TypeError, OSError, subprocess.CalledProcessError) as error:
+            sentence = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+            no_compiler = contender.name.startswith(COMPILED) and not isinstance(error, Wrong)
+            cannot = no_compiler or f"the backend {contender.backend} cannot serve" in sentence
+            (outcome.left_out if cannot else outcome.failed)[contender.name] = sentence
+    times = take_turns(passed, clock, rounds)
+    for contender in passed:
+        measured = times[contender.name]
+        if not measured:
+            continue
+        low, _, high = statistics.quantiles(measured, n=4)
+        median, peak = statistics.median(measured), peaks[contender.name]
+        served_by = "+".join(sorted(served[contender.name])) or None
+        result = Result(contender.name, contender.backend, served_by, median, high - low, len(measured), peak)
+        outcome.results.append(result)
+    _compare(outcome)
+    return outcome
+
+
+def _compare(outcome: Outcome) -> None:
+    """Rates, and the ratios of ours to the peers."""
+    peers = {result.contender: result.median for result in outcome.results if result.backend is None}
+    best = min(peers, key=peers.__getitem__, default=None)
+    for result in outcome.results:
+        if outcome.work.bytes_moved:
+            result.gb_s = outcome.work.bytes_moved / result.median / GIGA
+        if outcome.work.flop:
+            result.tflop_s = outcome.work.flop / result.median / TERA
+        if result.backend is not None and best is not None:
+            result.peers = {name: {"median": median, "ratio": median / result.median} for name, median in peers.items()}
+            result.best_peer, result.ratio = best, peers[best] / result.median

@@ -1,0 +1,91 @@
+"""What a number cannot be read without: the machine, the versions, and what the machine does at best in the same run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .harness import GIGA, TERA, Call, Clock, Contender, Outcome, dtype_name, take_turns
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """GB/s of a copy far beyond the caches, and TFLOP/s of a large square matrix product for each dtype."""
+
+    copy_gb_s: float
+    gemm_tflop_s: dict[str, float]
+
+    def set_shares(self, outcome: Outcome) -> None:
+        """Write into the results what share of the ceilings they reach."""
+        gemm = self.gemm_tflop_s.get(outcome.work.dtype)
+        for result in outcome.results:
+            if result.gb_s is not None:
+                result.share_of_copy = result.gb_s / self.copy_gb_s
+            if result.tflop_s is not None and gemm is not None:
+                result.share_of_gemm = result.tflop_s / gemm
+
+
+def measure_ceilings(device: torch.device, clock: Clock) -> Ceilings:
+    """The fastest of some repetitions, on random data (on zeros a GPU is faster)."""
+    numel, side, rounds = (1 << 28, 8192, 13) if device.type == "cuda" else (1 << 25, 1536, 6)
+
+    def fastest(call: Call) -> float:
+        return min(take_turns([Contender("", call)], clock, rounds)[""])
+
+    source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
+    copy = 2 * source.nbytes / fastest(lambda: target.copy_(source)) / GIGA
+    gemm = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        gemm[dtype_name(dtype)] = 2 * side**3 / fastest(lambda a=a, b=b: a @ b) / TERA
+    return Ceilings(copy, gemm)
+
+
+def machine(device: torch.device) -> dict[str, str | None]:
+    """Names and versions. Where there is no git, the commit is read from the environment variable COMMIT."""
+    cuda = device.type == "cuda"
+    commit = _output("git", "rev-parse", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+    return {
+        "kind": device.type,
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "driver": _output(*query) if cuda else None,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit + ("+" if changed else "") if commit else os.environ.get("COMMIT"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
