@@ -166,7 +166,7 @@ def places(video: Tensor, weight: Tensor, sets: tuple[Tensor, ...], num_tokens: 
 
 
 def _meta(patch: dict[str, int], unit: int) -> dict[str, int]:
-    return {name: patch[name] for name in "THW"} | {"UNIT": unit, "BM": PLACES}
+    return {name: patch[name] for name in ("T", "H", "W")} | {"UNIT": unit, "BM": PLACES}
 
 
 def variants() -> list[Variant]:

@@ -40,15 +40,9 @@ __all__ = ["tubelet_embed", "tubelet_embed_backward", "variants"]
 
 # Tokens, features and pixels of a tile, warps, stages. A step of 32 pixels is two rows of a patch of 16. Four stages of 128
 # + 256 rows of 32 values of 16 bits are 96 KB, what every architecture has; 8 warps then hold 128 sums a thread. Narrow
-# tiles are for widths that fill wide ones badly, and for uneven patches, whose addresses take registers.
-WIDE, NARROW, TF32 = (128, 256, 32, 8, 4), (128, 128, 32, 8, 4), (128, 128, 32, 8, 3)
-IEEE = (
-    32,
-    128,
-    32,
-    4,
-    3,
-)  # 32 tokens: of more, Triton 3.6 makes TF32 products on sm_100, whatever precision it is told
+# tiles are for widths that fill wide ones badly, and for uneven patches, whose addresses take registers. Of more than 32
+# tokens, Triton 3.6 makes TF32 products on sm_100, whatever precision it is told.
+WIDE, NARROW, TF32, IEEE = (128, 256, 32, 8, 4), (128, 128, 32, 8, 4), (128, 128, 32, 8, 3), (32, 128, 32, 4, 3)
 WASTE = 1.1  # of columns, up to which a wide tile is the faster one
 
 

@@ -36,9 +36,9 @@ from ._triton_sets import TYPES, packed, sum_named
 
 # Tokens, features and pixels of a tile, warps, stages. Four stages of 32 tokens of 128 gradients and 256 pixels are 96 KB
 # at 16 bits, what every architecture has; 8 warps then hold 128 sums a thread. Narrow tiles are for patches that do not
-# fill a wide one with pixels of one channel.
-WIDE, NARROW, TF32 = (32, 128, 256, 8, 4), (32, 128, 128, 8, 4), (32, 128, 128, 8, 3)
-IEEE = (16, 32, 128, 4, 3)  # 32 features: of more, Triton 3.6 makes TF32 products on sm_100, whatever it is told
+# fill a wide one with pixels of one channel. Of more than 32 features, Triton 3.6 makes TF32 products on sm_100, whatever
+# precision it is told.
+WIDE, NARROW, TF32, IEEE = (32, 128, 256, 8, 4), (32, 128, 128, 8, 4), (32, 128, 128, 8, 3), (16, 32, 128, 4, 3)
 PROGRAMS = 264  # of the sum, at most: two waves on the 132 SMs of an H200
 LEAST_SPLIT = 512  # tokens; of fewer, the partial sums (8 bytes a weight) would take longer to move than to compute
 

@@ -88,11 +88,7 @@ def normalised(pixels: Tensor, dtype: torch.dtype, mean: list[float] | None, std
 
 
 def _patches(
-    video: Tensor,
-    weight: Tensor,
-    sets: tuple[Tensor, Tensor, Tensor] | None,
-    mean: list[float] | None,
-    std: list[float] | None,
+    video: Tensor, weight: Tensor, sets: Sets | None, mean: list[float] | None, std: list[float] | None
 ) -> Tensor:
     """[N, K] (or [B*L, K]) pixels in the dtype of weight; only the kept tubelets are read."""
     channels = video.shape[1]
@@ -153,7 +149,7 @@ def tubelet_embed_backward(
     wide = accumulator(grad.dtype)
     sets = None if indices is None else (indices, cu_seqlens, clip)
 
-    grad_video = grad.new_empty(0)
+    grad_video, grad_weight, grad_pos = (grad.new_empty(0) for _ in range(3))
     if need_video:
         tubelets = torch.empty_like(video, memory_format=torch.contiguous_format)
         view = _tubelets(tubelets, kernel)
@@ -164,14 +160,12 @@ def tubelet_embed_backward(
         view.copy_(patches.reshape(view.shape))
         grad_video = tubelets
 
-    grad_weight = grad.new_empty(0)
     if need_weight:
         patches = _patches(video, weight, sets, mean, std)  # type: ignore[arg-type]
         grad_weight = (low_ND.T @ patches).reshape(weight.shape)
 
     bias_dtype, pos_dtype = dtypes
     grad_bias = grad_ND.sum(0, dtype=wide).to(bias_dtype) if need_bias else grad.new_empty(0)
-    grad_pos = grad.new_empty(0)
     if need_pos:
         if indices is None:
             grad_pos = grad.sum(0, dtype=wide)

@@ -2,138 +2,284 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from vjepa.kernels import TokenIndices, tubelet_embed
+from vjepa.kernels import TokenIndices, backend, tubelet_embed
+from vjepa.kernels._dispatch import select
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 B, C, T, H, W, D = 3, 3, 4, 12, 8, 7
 KERNEL = (2, 4, 4)
 L = 2 * 3 * 2
 SETS = ((5, 1, 8, 4), (0, 2, 2, 1))  # lengths and clips: clip 2 serves two sets
+# Channels, tubelet, grid of tokens, features. Of the tiles of a kernel, each fills some and leaves others partly empty;
+# of its steps, each is whole rows of a patch, or parts of rows, frames and channels.
+SHAPES = {
+    "patch 8": (3, (2, 8, 8), (2, 2, 3), 24),
+    "patch 16, wide": (1, (2, 16, 16), (1, 2, 2), 250),
+    "patch 7 of an image": (1, (1, 7, 7), (3, 2, 3), 5),
+    "patch 14": (2, (1, 14, 14), (1, 2, 2), 130),
+    "odd tubelet": (2, (3, 5, 2), (2, 1, 3), 17),
+    "single pixels": (1, (1, 1, 1), (2, 3, 5), 3),
+}
 
 
-def inputs(dtype=torch.float64, video_dtype=None):
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def serving(request, device):
+    """Each backend in turn, forced."""
+    if request.param == "triton" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if request.param == "cpu" and device.type != "cpu":
+        pytest.skip("the cpu backend serves no GPU")
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def used_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element that is never written shows."""
+
+    def filled(plain):
+        def call(*arguments, **options):
+            fresh = plain(*arguments, **options)
+            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+def inputs(dtype=torch.float64, video_dtype=None, device="cpu"):
     weight, bias, pos = torch.randn(D, C, *KERNEL), torch.randn(D), torch.randn(L, D)
-    video = torch.randn(B, C, T, H, W)
-    if video_dtype == torch.uint8:
-        video = torch.randint(0, 256, video.shape, dtype=torch.uint8)
-    else:
-        video = video.to(dtype)
-    return video, weight.to(dtype), bias.to(dtype), pos.to(dtype)
+    return clips(B, C, T, H, W, dtype=video_dtype or dtype).to(device), *(
+        x.to(device, dtype) for x in (weight, bias, pos)
+    )
+
+
+def clips(*shape, dtype):
+    return torch.randint(0, 256, shape, dtype=dtype) if dtype == torch.uint8 else torch.randn(shape).to(dtype)
 
 
 def by_convolution(video, weight, bias, pos, sets=None, mean=None, std=None):
     if video.dtype == torch.uint8:
         scaled = video.to(weight.dtype) / 255
-        shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(mean or (0.0,) * C, dtype=weight.dtype).view(shape)
-        video = (scaled - mean) / torch.tensor(std or (1.0,) * C, dtype=weight.dtype).view(shape)
+        shape, channels = (1, -1, 1, 1, 1), video.shape[1]
+        mean = torch.tensor(mean or (0.0,) * channels, dtype=weight.dtype, device=video.device).view(shape)
+        video = (scaled - mean) / torch.tensor(std or (1.0,) * channels, dtype=weight.dtype, device=video.device).view(
+            shape
+        )
     out = F.conv3d(video, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     out = out if pos is None else out + pos
     if sets is None:
         return out
-    owner = torch.repeat_interleave(sets.clip, torch.tensor(sets.lengths))
+    owner = torch.repeat_interleave(sets.clip, torch.tensor(sets.lengths, device=video.device))
     return out[owner, sets.indices]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("video_dtype", [None, torch.uint8])
-@pytest.mark.parametrize("kept", [False, True])
-def test_values_and_gradients(make_sets, check_accuracy, dtype, video_dtype, kept):
-    video, *parameters = inputs(dtype, video_dtype)
-    sets = make_sets(SETS[0], L, SETS[1]) if kept else None
-    norm = {"mean": MEAN, "std": STD} if video_dtype else {}
-    grads = torch.rand(18, D) if kept else torch.rand(B, L, D)
+def check_all(check_accuracy, video, parameters, sets, norm):
+    """Values and the gradients of weight, bias and positions."""
+    dtype = parameters[0].dtype
+    number = video.shape[0] * parameters[2].shape[0] if sets is None else sets.total
+    grads = torch.rand(number, parameters[0].shape[0], device=video.device)
 
     def run(function, to):
         leaves = [p.detach().to(to).requires_grad_() for p in parameters]
-        clip = video if video_dtype else video.to(to)
-        out = function(clip, *leaves, sets, **norm)
-        return out.detach(), *torch.autograd.grad(out, leaves, grads[: out.shape[0]].to(out.dtype))
+        out = function(video if video.dtype == torch.uint8 else video.to(to), *leaves, sets, **norm)
+        return out.detach(), *torch.autograd.grad(out, leaves, grads.view(out.shape).to(out.dtype))
 
     ours, plain, exact = run(tubelet_embed, dtype), run(by_convolution, dtype), run(by_convolution, torch.float64)
     for our, same, truth in zip(ours, plain, exact, strict=True):
         check_accuracy(our, same, truth)
 
 
+@pytest.mark.usefixtures("serving", "used_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("video_dtype", [None, torch.uint8])
 @pytest.mark.parametrize("kept", [False, True])
-def test_gradcheck(make_sets, kept):
+def test_values_and_gradients(make_sets, check_accuracy, device, dtype, video_dtype, kept):
+    video, *parameters = inputs(dtype, video_dtype, device)
+    sets = make_sets(SETS[0], L, SETS[1]).to(device) if kept else None
+    check_all(check_accuracy, video, parameters, sets, {"mean": MEAN, "std": STD} if video_dtype else {})
+
+
+@pytest.mark.usefixtures("serving", "used_memory")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "video_dtype"), [(torch.float32, None), (torch.bfloat16, torch.uint8)])
+def test_any_shape(make_sets, check_accuracy, device, shape, dtype, video_dtype):
+    channels, kernel, grid, features = SHAPES[shape]
+    length = grid[0] * grid[1] * grid[2]
+    sizes = [cells * step for cells, step in zip(grid, kernel, strict=True)]
+    video = clips(2, channels, *sizes, dtype=video_dtype or dtype).to(device)
+    given = torch.randn(features, channels, *kernel) / 10, torch.randn(features), torch.randn(length, features)
+    sets = make_sets((3, 0, 1, 7), length, (1, 0, 0, 1), duplicates=True).to(device)
+    norm = (
+        {"mean": [0.4] * channels, "std": [0.2 + 0.1 * channel for channel in range(channels)]} if video_dtype else {}
+    )
+    parameters = [x.to(device, dtype) for x in given]
+    for chosen in (None, sets):
+        check_all(check_accuracy, video, parameters, chosen, norm)
+
+
+@pytest.mark.usefixtures("used_memory")
+@pytest.mark.parametrize("serving", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_over_tokens_may_be_split(make_sets, check_accuracy, monkeypatch, device, serving, dtype):
+    monkeypatch.setattr("vjepa.kernels._triton_tubelet_backward.LEAST_SPLIT", 16)
+    video, *parameters = inputs(dtype, torch.uint8, device)
+    sets = make_sets((40, 30, 29), L, (0, 1, 1), duplicates=True).to(device)
+    check_all(check_accuracy, video, parameters, sets, {"mean": MEAN, "std": STD})
+
+
+@pytest.mark.parametrize("serving", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize("kept", [False, True])
+def test_gradcheck(make_sets, serving, kept):
     video, weight, bias, pos = (x.requires_grad_() for x in inputs())
     sets = make_sets((2, 3), L, (0, 0), duplicates=True) if kept else None
     small = video[:1].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: tubelet_embed(*x, sets), (small, weight, bias, pos), fast_mode=True)
 
 
-def test_video_gradient_adds_the_sets_of_a_clip(make_sets):
-    video, weight, bias, pos = inputs()
-    sets = make_sets((4, 6), L, (1, 1), duplicates=True)
+@pytest.mark.usefixtures("serving")
+def test_video_gradient_adds_the_sets_of_a_clip(make_sets, device):
+    video, weight, bias, pos = inputs(torch.float32, device=device)
+    sets = make_sets((4, 6), L, (1, 1), duplicates=True).to(device)
     ours, plain = video.clone().requires_grad_(), video.clone().requires_grad_()
     tubelet_embed(ours, weight, bias, pos, sets).square().sum().backward()
     by_convolution(plain, weight, bias, pos, sets).square().sum().backward()
-    torch.testing.assert_close(ours.grad, plain.grad)
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("serving")
 @pytest.mark.parametrize("given", [(False, False), (True, False), (False, True)])
-def test_bias_and_positions_are_optional(given):
-    video, weight, bias, pos = inputs()
+def test_bias_and_positions_are_optional(device, given):
+    video, weight, bias, pos = inputs(torch.float32, device=device)
     bias, pos = (bias if given[0] else None), (pos if given[1] else None)
-    torch.testing.assert_close(tubelet_embed(video, weight, bias, pos), by_convolution(video, weight, bias, pos))
+    expected = by_convolution(video, weight, bias, pos)
+    torch.testing.assert_close(tubelet_embed(video, weight, bias, pos), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("serving")
 @pytest.mark.parametrize("norm", [{}, {"mean": MEAN}, {"std": STD}, {"mean": 0.5, "std": 0.25}])
-def test_uint8_without_all_constants(norm):
-    video, weight, bias, pos = inputs(video_dtype=torch.uint8)
+def test_uint8_without_all_constants(device, norm):
+    video, weight, bias, pos = inputs(torch.float32, torch.uint8, device)
     full = {name: (value,) * C if isinstance(value, float) else value for name, value in norm.items()}
     expected = by_convolution(video, weight, bias, pos, **full)
-    torch.testing.assert_close(tubelet_embed(video, weight, bias, pos, **norm), expected)
+    torch.testing.assert_close(tubelet_embed(video, weight, bias, pos, **norm), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "sliced", "frames_first"])
-def test_any_strides(make_sets, layout):
-    video, weight, bias, pos = inputs()
-    if layout == "channels_last":
-        strided = video.to(memory_format=torch.channels_last_3d)
-    elif layout == "sliced":
-        strided = torch.randn(B, C, T, H, 2 * W, dtype=torch.float64)[..., ::2]
-    else:
-        strided = torch.randn(B, T, C, H, W, dtype=torch.float64).transpose(1, 2)
+LAYOUTS = {
+    "channels last": lambda dtype: clips(B, C, T, H, W, dtype=dtype).to(memory_format=torch.channels_last_3d),
+    "every other pixel": lambda dtype: clips(B, C, T, H, 2 * W, dtype=dtype)[..., ::2],
+    "frames first": lambda dtype: clips(B, T, C, H, W, dtype=dtype).transpose(1, 2),
+    "crop": lambda dtype: clips(B, C, T + 1, H + 3, W + 5, dtype=dtype)[:, :, 1:, 2:-1, 3:-2],
+    "one still clip": lambda dtype: clips(1, C, 1, H, W, dtype=dtype).expand(B, C, T, H, W),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(make_sets, device, serving, dtype, layout):
+    strided = LAYOUTS[layout](dtype).to(device)
+    _, *parameters = inputs(torch.float32, device=device)
     assert not strided.is_contiguous()
-    sets = make_sets(SETS[0], L, SETS[1])
+    if serving == "cpu" and strided.stride(4) != 1:
+        with pytest.raises(RuntimeError, match="it needs the pixels of a row side by side, got the stride"):
+            tubelet_embed(strided, *parameters)
+        return
+
+    def run(video, chosen):
+        leaves = [x.clone().requires_grad_() for x in parameters]
+        out = tubelet_embed(video, *leaves, chosen)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    for chosen in (None, make_sets(SETS[0], L, SETS[1]).to(device)):
+        for ours, expected in zip(run(strided, chosen), run(strided.contiguous(), chosen), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.usefixtures("serving")
+def test_any_strides_of_the_rest(make_sets, device):
+    video, *parameters = inputs(torch.float32, device=device)
+    sets = make_sets(SETS[0], L, SETS[1]).to(device)
+    apart = [torch.stack((x, x), -1)[..., 0] for x in parameters]
     for chosen in (None, sets):
-        expected = tubelet_embed(strided.contiguous(), weight, bias, pos, chosen)
-        assert torch.equal(tubelet_embed(strided, weight, bias, pos, chosen), expected)
+        grad = torch.randn(D, B * L if chosen is None else sets.total, device=device).T
+        results = []
+        for given, last in ((parameters, grad.contiguous()), (apart, grad)):
+            leaves = [x.detach().requires_grad_() for x in given]
+            out = tubelet_embed(video, *leaves, chosen)
+            results.append([out, *torch.autograd.grad(out, leaves, last.reshape(out.shape))])
+        for plain, strided in zip(*results, strict=True):
+            torch.testing.assert_close(plain, strided, rtol=1e-4, atol=1e-4)
 
 
-def test_only_kept_tubelets_are_read():
-    video, weight, bias, pos = inputs()
+@pytest.mark.usefixtures("serving")
+def test_offsets_beyond_32_bits(device):
+    apart, size = 2**30, 8  # two frames later lies the pixel 2**31; the memory between is never touched
+    storage = torch.empty(2 * apart + size, dtype=torch.uint8, device=device)
+    video = storage.as_strided((1, 1, 3, 2, 4), (0, 0, apart, 4, 1))
+    video.copy_(clips(*video.shape, dtype=torch.uint8))
+    for kernel in ((1, 2, 2), (3, 2, 2)):  # far tokens, far pixels of a token
+        weight = torch.randn(5, 1, *kernel, device=device, requires_grad=True)
+        outs = [tubelet_embed(given, weight) for given in (video, video.contiguous())]
+        assert torch.equal(*outs)
+        assert torch.equal(*(torch.autograd.grad(out.square().sum(), weight)[0] for out in outs))
+
+
+@pytest.mark.usefixtures("serving")
+def test_only_kept_tubelets_are_read(device):
+    video, *parameters = inputs(torch.float32, device=device)
     video[1:] = float("nan")
     video[0, :, :2] = float("nan")
     video[0, :, 2:, 4:] = float("nan")
-    kept = TokenIndices.from_sets([torch.tensor([6, 7])])
-    assert torch.isfinite(tubelet_embed(video, weight, bias, pos, kept)).all()
+    kept = TokenIndices.from_sets([torch.tensor([6, 7])]).to(device)
+    leaves = [x.requires_grad_() for x in parameters]
+    out = tubelet_embed(video, *leaves, kept)
+    for result in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert torch.isfinite(result).all()
 
 
-def test_other_grids_channels_and_empty_sets():
-    video = torch.randn(2, 12, 1, 6, 4, dtype=torch.float64)  # 12 bands, a single frame
-    weight = torch.randn(5, 12, 1, 3, 2, dtype=torch.float64)
-    torch.testing.assert_close(tubelet_embed(video, weight), by_convolution(video, weight, None, None))
-    nothing = TokenIndices.from_sets([torch.tensor([], dtype=torch.int64)])
-    assert tubelet_embed(video, weight, indices=nothing).shape == (0, 5)
+@pytest.mark.usefixtures("serving")
+def test_empty_sets(make_sets, device):
+    video, *parameters = inputs(torch.float32, device=device)
+    leaves = [x.requires_grad_() for x in parameters]
+    out = tubelet_embed(video, *leaves, make_sets((0, 0), L, (1, 2)).to(device))
+    assert out.shape == (0, D)
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
 
 
-def test_positions_of_higher_precision_promote():
-    video, weight, bias, pos = inputs(torch.bfloat16)
-    assert tubelet_embed(video, weight, bias, pos.float()).dtype == torch.float32
+@pytest.mark.usefixtures("serving")
+def test_positions_of_higher_precision_promote(make_sets, check_accuracy, device):
+    video, weight, bias, pos = inputs(torch.bfloat16, device=device)
     assert tubelet_embed(video, weight, bias, pos).dtype == torch.bfloat16
+    for sets in (None, make_sets(SETS[0], L, SETS[1]).to(device)):
+        leaves = [x.clone().requires_grad_() for x in (weight, bias, pos.float())]
+        out = tubelet_embed(video, *leaves, sets)
+        grad = torch.rand_like(out)
+        plain = tubelet_embed(video, weight, bias, None, sets).float()
+        plain += pos.float() if sets is None else pos.float()[sets.indices]
+        exact = by_convolution(*(x.double() for x in (video, weight, bias, pos)), sets)
+        check_accuracy(out.detach(), plain, exact)
+        grads = torch.autograd.grad(out, leaves, grad)
+        assert [x.dtype for x in grads] == [torch.bfloat16, torch.bfloat16, torch.float32]
+        doubles = [x.detach().double().requires_grad_() for x in leaves]
+        expected = torch.autograd.grad(by_convolution(video.double(), *doubles, sets), doubles, grad.double())
+        for ours, truth in zip(grads, expected, strict=True):
+            torch.testing.assert_close(ours.double(), truth, rtol=2e-2, atol=2e-2)
 
 
-def test_deterministic(make_sets):
-    video, weight, bias, pos = inputs(torch.float32, torch.uint8)
-    sets = make_sets((40, 50, 60), L, (0, 1, 1), duplicates=True)
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic(make_sets, device, dtype):
+    video, weight, bias, pos = inputs(dtype, torch.uint8, device)
+    sets = make_sets((40, 50, 60), L, (0, 1, 1), duplicates=True).to(device)
 
     def run():
         leaves = [x.clone().requires_grad_() for x in (weight, bias, pos)]
@@ -144,25 +290,55 @@ def test_deterministic(make_sets):
         assert torch.equal(first, second)
 
 
-def test_opcheck(make_sets):
-    video, weight, bias, pos = (x.float().requires_grad_() for x in inputs())
-    sets = make_sets(SETS[0], L, SETS[1])
+@pytest.mark.usefixtures("serving")
+def test_opcheck(make_sets, device):
+    video, weight, bias, pos = (x.requires_grad_() for x in inputs(torch.float32, device=device))
+    sets = make_sets(SETS[0], L, SETS[1]).to(device)
     packed = (sets.indices, sets.cu_seqlens, sets.clip)
     opcheck(torch.ops.vjepa.tubelet_embed.default, (video, weight, bias, pos, *packed, None, None))
-    pixels = inputs(video_dtype=torch.uint8)[0]
+    pixels = inputs(torch.float32, torch.uint8, device)[0]
     norm = (list(MEAN), list(STD))
     opcheck(torch.ops.vjepa.tubelet_embed.default, (pixels, weight, bias, pos, None, None, None, *norm))
-    grad, dtypes = torch.randn(sets.total, D), (torch.float32, torch.float32)
+    grad, dtypes = torch.randn(sets.total, D, device=device), (torch.float32, torch.float32)
     for needs in ([True] * 4, [False, True, False, False]):
         arguments = (grad, video.detach(), weight.detach(), *packed, None, None, *dtypes, needs)
         opcheck(torch.ops.vjepa.tubelet_embed_backward.default, arguments)
 
 
-def test_no_clips():
-    video, *parameters = (x.requires_grad_() for x in inputs())
+@pytest.mark.usefixtures("serving")
+def test_no_clips(device):
+    video, *parameters = (x.requires_grad_() for x in inputs(torch.float32, device=device))
     out = tubelet_embed(video[:0], *parameters)
     assert out.shape == (0, L, D)
     assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), parameters))
+
+
+@pytest.mark.parametrize("serving", ["triton"], indirect=True)
+def test_triton_says_that_it_has_no_float64(serving, device):
+    with pytest.raises(RuntimeError, match=r"cannot serve tubelet_embed on .* float64"):
+        tubelet_embed(*inputs(device=device))
+
+
+def test_a_cpu_takes_its_own_path_where_it_can():
+    video, weight, *_ = inputs(torch.float32)
+    cpu = torch.device("cpu")
+    assert select("tubelet_embed", cpu, video, weight).name == "cpu"
+    apart = video.to(memory_format=torch.channels_last_3d)
+    assert select("tubelet_embed", cpu, apart, weight).name == "reference"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_products_of_float32_are_as_pytorch_has_been_told(monkeypatch):
+    monkeypatch.setattr("vjepa.kernels._triton_patches.interpreted", lambda: False)
+    precision = import_module("vjepa.kernels._triton_patches").precision
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert precision(torch.float32) == expected
+            assert precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(
