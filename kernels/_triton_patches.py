@@ -72,10 +72,8 @@ def normalisation(scale_ptr, shift_ptr, first, C: tl.constexpr, CHANNEL: tl.cons
 
 @triton.jit
 def add_product(acc_MN, a_MK, b_KN, PRECISION: tl.constexpr):
-    """acc + a b"""
-    if (
-        PRECISION == INTERPRETED
-    ):  # the interpreter takes the bits of bfloat16 for integers; in float32 products are exact
+    """acc + a b, with float32 sums; the interpreter, which takes the bits of bfloat16 for integers, is given float32."""
+    if PRECISION == INTERPRETED:
         return tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32), acc_MN)
     else:
         return tl.dot(a_MK, b_KN, acc_MN, input_precision=PRECISION)
