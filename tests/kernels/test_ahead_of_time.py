@@ -37,7 +37,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),  # the fixture compiles everything
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.skipif(not ahead_of_time.DOCUMENT.exists(), reason="docs/ahead_of_time.md is not there: make aot"),
 ]
 
 
