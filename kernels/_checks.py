@@ -7,6 +7,7 @@ operators, on host tensors only, so that they also run in compiled code and neve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def check_ids(name: str, ids: Tensor, limit: int, of: str) -> None:
     """Raise unless every id lies in 0..limit-1; ids on a device are not read (that would wait for it)."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
-    smallest, largest = (int(value) for value in torch.aminmax(ids))
+    bounds = torch.aminmax(ids)
+    smallest, largest = bounds[0].item(), bounds[1].item()
     if smallest < 0 or largest >= limit:
         wrong = smallest if smallest < 0 else largest
         raise ValueError(f"{name} must be between 0 and {limit - 1} ({of}), got {wrong}")
@@ -69,24 +71,30 @@ def check_lengths(name: str, lengths: object) -> None:
                 raise TypeError(f"{name} must be ints, got {describe(length)} in entry {number}")
 
 
-def check_sets(name: str, cu_seqlens: Tensor, lengths: Tensor, total: int) -> None:
+def check_offsets(cu_seqlens: Tensor, sets: int, total: int) -> None:
+    """Raise unless there is one more offset than sets and, where they are on the host, they rise from 0 to `total`."""
+    if cu_seqlens.shape[0] != sets + 1:
+        raise ValueError(f"cu_seqlens must have {sets + 1} entries, one more than sets, got {cu_seqlens.shape[0]}")
+    if cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != total or offsets != sorted(offsets):
+            raise ValueError(f"cu_seqlens must rise from 0 to the {total} tokens given, got {offsets}")
+
+
+def check_sets(name: str, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor, total: int) -> None:
     """Raise unless lengths are >= 0, sum to `total` and, where `cu_seqlens` is on the host, agree with it."""
-    if cu_seqlens.shape[0] != lengths.shape[0] + 1:
+    values = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    if cu_seqlens.shape[0] != len(values) + 1:
         raise ValueError(
-            f"{name}cu_seqlens must have {lengths.shape[0] + 1} entries, one more than {name}lengths, "
+            f"{name}cu_seqlens must have {len(values) + 1} entries, one more than {name}lengths, "
             f"got {cu_seqlens.shape[0]}"
         )
-    values = lengths.tolist()
     if min(values, default=0) < 0:
         raise ValueError(f"{name}lengths must not be negative, got {min(values)}")
     if sum(values) != total:
         raise ValueError(f"{name}lengths must sum to the {total} tokens given, got a sum of {sum(values)}")
-    if cu_seqlens.device.type == "cpu":
-        offsets = [0]
-        for value in values:
-            offsets.append(offsets[-1] + value)
-        if cu_seqlens.tolist() != offsets:
-            raise ValueError(f"{name}cu_seqlens must be the running sum of {name}lengths, got {cu_seqlens.tolist()}")
+    if cu_seqlens.device.type == "cpu" and cu_seqlens.tolist() != [0, *accumulate(values)]:
+        raise ValueError(f"{name}cu_seqlens must be the running sum of {name}lengths, got {cu_seqlens.tolist()}")
 
 
 def check_no_empty_set(name: str, lengths: Tensor) -> None:

@@ -57,7 +57,7 @@ class Row:
 
 
 _TABLE: dict[str, dict[str, Row]] = {}  # rows of an op in the order of PREFERENCE
-_forced: list[str] = []  # innermost last; process-wide, because autograd runs backward in threads of its own
+_forced: dict[object, str] = {}  # by block, innermost last; process-wide: autograd runs backward in threads of its own
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -90,8 +90,9 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
 
 def requested() -> str:
     """The backend asked for: the innermost `backend()` or else the environment variable, by default auto."""
-    if _forced:
-        return _forced[-1]
+    forced = next(reversed(_forced.values()), None)
+    if forced is not None:
+        return forced
     name = os.environ.get(VARIABLE)
     if not name:
         return "auto"
@@ -162,11 +163,12 @@ def backend(name: str) -> Iterator[None]:
     """
     _check_name(name, "backend name")
     _check_exists(name)
-    _forced.append(name)
+    block = object()  # blocks of several threads need not end in the order in which they began
+    _forced[block] = name
     try:
         yield
     finally:
-        _forced.pop()
+        del _forced[block]
 
 
 def _check_name(name: str, what: str) -> None:

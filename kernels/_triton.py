@@ -38,7 +38,8 @@ def installed() -> bool:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -49,9 +50,9 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "cuda":
         if interpreted():
             return f"{INTERPRETER}=1 is set, under which kernels serve CPU tensors only; unset it"
-        capability = _capability(device)
-        if capability < OLDEST:
-            return f"{device} has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
+        found = capability(device)
+        if found < OLDEST:
+            return f"{device} has compute capability {found[0]}.{found[1]}; 8.0 or newer is needed"
         return None
     if device.type == "cpu":
         return None if interpreted() else f"Triton serves CPU tensors only under its interpreter: set {INTERPRETER}=1"
@@ -108,6 +109,7 @@ class Variant:
         num_warps, num_stages: as launched.
         matrix: it must contain matrix instructions; if not, it must contain none (float32 would be rounded to TF32).
         wide: it must move rows by 16-byte accesses.
+        archs: the architectures on which it is launched.
     """
 
     name: str
@@ -119,4 +121,5 @@ class Variant:
     num_stages: int = 3
     matrix: bool = False
     wide: bool = True
+    archs: tuple[int, ...] = (80, 90, 100, 120)
     ones: tuple[str, ...] = field(default=())  # run-time arguments that are 1 (unit strides), which Triton folds

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import LAUNCH, Variant, device_of
+from ._triton import LAUNCH, Variant, ceil_div, device_of
 from ._triton_sets import SETS_POINTERS, TILE_BYTES, TYPES, packed, search_steps, set_of, sum_named, tile_width
 
 ROW_BYTES = 2048  # of a tile's rows: 128 threads x 16 bytes, so that each thread has several rows to load
@@ -65,9 +65,9 @@ def gather_tokens(x: Tensor, indices: Tensor, cu_seqlens: Tensor, clip: Tensor) 
         return out
     indices, cu_seqlens, clip = packed(indices, cu_seqlens, clip)
     meta = _gather_meta(width, x.dtype)
-    chunks = triton.cdiv(width, meta["W"])
+    chunks = ceil_div(width, meta["W"])
     with device_of(x):
-        _gather_kernel[(triton.cdiv(num_tokens, meta["R"]) * chunks,)](
+        _gather_kernel[(ceil_div(num_tokens, meta["R"]) * chunks,)](
             x,
             indices,
             cu_seqlens,

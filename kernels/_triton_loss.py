@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import LAUNCH, Variant, device_of, next_power_of_2
+from ._triton import LAUNCH, Variant, ceil_div, device_of, next_power_of_2
 from ._triton_sets import TYPES, packed, search_steps, set_of, tile_width
 from .reference import Sets, accumulator
 
@@ -193,7 +193,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _forward_meta(width: int, dtypes: tuple[torch.dtype, torch.dtype]) -> dict[str, int]:
     columns = LANES * BYTES // min(dtype.itemsize for dtype in dtypes)
-    chunks = max(1, triton.cdiv(width, columns))
+    chunks = max(1, ceil_div(width, columns))
     first = 1 << (chunks.bit_length() - 1)
     rest = next_power_of_2(chunks - first) if chunks > first else 0
     warps = max(1, next_power_of_2(first + rest) * columns // (LANES * HELD))
@@ -216,7 +216,7 @@ def masked_l1_loss(
         meta = _forward_meta(width, (prediction.dtype, features.dtype))
         with device_of(prediction):
             pointers, numbers = _arguments(prediction, features, sets, weights)
-            _forward_kernel[(triton.cdiv(num_tokens, meta["R"]),)](
+            _forward_kernel[(ceil_div(num_tokens, meta["R"]),)](
                 *pointers,
                 losses,
                 statistics,
@@ -240,7 +240,7 @@ def masked_l1_loss_backward(
         meta = _backward_meta(width, prediction.dtype)
         with device_of(prediction):
             pointers, numbers = _arguments(prediction, features, sets, weights)
-            _backward_kernel[(triton.cdiv(num_tokens, meta["R"]),)](
+            _backward_kernel[(ceil_div(num_tokens, meta["R"]),)](
                 *pointers,
                 statistics.contiguous(),
                 grad,

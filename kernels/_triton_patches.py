@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._triton import LAUNCH, Variant, interpreted
+from ._triton import LAUNCH, Variant, ceil_div, interpreted
 from ._triton_sets import SETS_POINTERS, search_steps, set_of
 
 SIZES = ["num_tokens", "num_sets", "steps", "length", "rows", "columns"]  # the kernels are not specialised on them
@@ -148,7 +148,7 @@ def places(video: Tensor, weight: Tensor, sets: tuple[Tensor, ...], num_tokens: 
     stride_b, _, *strides = video.stride()
     num_sets = sets[2].shape[0] if sets else 0
     out = torch.empty(num_tokens, dtype=torch.int64, device=video.device)
-    _places_kernel[(triton.cdiv(num_tokens, PLACES),)](
+    _places_kernel[(ceil_div(num_tokens, PLACES),)](
         *(sets or (None, None, None)),
         out,
         num_tokens,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import LAUNCH, Variant, device_of
+from ._triton import LAUNCH, Variant, ceil_div, device_of
 from ._triton_sets import TYPES, packed, search_steps, sum_named, tile_width
 
 WARPS = 4
@@ -216,7 +216,7 @@ def predictor_tokens(
     cu_seqlens = torch.empty(num_sets + 1, dtype=context_cu.dtype, device=context.device)
     meta = _forward_meta(width, dtype)
     with device_of(context):
-        _forward_kernel[(triton.cdiv(max(num_tokens, num_sets + 1), meta["R"]),)](
+        _forward_kernel[(ceil_div(max(num_tokens, num_sets + 1), meta["R"]),)](
             context,
             mask_tokens,
             pos_embed,
@@ -255,7 +255,7 @@ def predictor_tokens_backward(
     grad = _rows(grad)
     num_tokens, width = grad.shape
     meta = _backward_meta(width, grad.dtype)
-    programs, groups = triton.cdiv(num_tokens, meta["R"]), triton.cdiv(num_kinds, KINDS)
+    programs, groups = ceil_div(num_tokens, meta["R"]), ceil_div(num_kinds, KINDS)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     grad_context = partial = indices = None
     if needs[0]:

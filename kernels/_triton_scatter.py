@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import LAUNCH, Variant, device_of
+from ._triton import LAUNCH, Variant, ceil_div, device_of
 from ._triton_sets import ROWS, SETS, SETS_POINTERS, TILE_BYTES, TYPES, last_named, next_set, packed, tile_width
 
 IDS = 128  # ids compared at a time: with 256 the registers of the adjoint do not suffice for nine programs of an SM
@@ -168,7 +168,7 @@ def scatter_tokens(
         fill = values.new_full((width,), fill_value)
     background = values if fill is None else fill.to(values.dtype).contiguous()
     indices, cu_seqlens, clip = packed(indices, cu_seqlens, clip)
-    blocks = triton.cdiv(length, ROWS)
+    blocks = ceil_div(length, ROWS)
     with device_of(values):
         _scatter_kernel[(batch * blocks,)](
             values,
@@ -197,7 +197,7 @@ def scatter_tokens_backward(
     The fill's is a sum over 16 tokens by each program, then over programs by PyTorch, both in a fixed order.
     """
     batch, length, width = grad.shape
-    blocks = triton.cdiv(length, ROWS)
+    blocks = ceil_div(length, ROWS)
     out = torch.empty((indices.shape[0], width), dtype=grad.dtype, device=grad.device)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     programs = 0 if fill_dtype is None and out.numel() == 0 else batch * blocks

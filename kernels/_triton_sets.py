@@ -11,12 +11,14 @@ id: 800 bytes for each of 16 rows at a whole clip of 1568 tokens, beside the 2 K
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import LAUNCH, Variant, device_of, next_power_of_2
+from ._triton import LAUNCH, Variant, ceil_div, device_of, next_power_of_2
 
 ROWS = 16  # tokens of a program
 TILE_BYTES = 8192  # of rows moved by a program of four warps: four 16-byte loads of each thread before the first store
@@ -41,11 +43,12 @@ def packed(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
+@functools.cache
 def tile_width(width: int, widest: int) -> int:
     """Columns of a tile, a power of two up to `widest`: the widest of those that leave the fewest lanes idle."""
     widest = min(widest, next_power_of_2(width))
     sizes = [size for size in (32, 64, 128, 256, 512, 1024) if size < widest]
-    return min((widest, *reversed(sizes)), key=lambda size: triton.cdiv(width, size) * size)
+    return min((widest, *reversed(sizes)), key=lambda size: ceil_div(width, size) * size)
 
 
 @triton.jit
@@ -169,10 +172,10 @@ def sum_named(
     if out.numel() == 0:
         return out
     indices, cu_seqlens, clip = packed(indices, *((indices, indices) if sets is None else sets))
-    blocks = triton.cdiv(length, ROWS)
+    blocks = ceil_div(length, ROWS)
     meta = _sum_named_meta(width, values.dtype, sets is not None)
     with device_of(values):
-        _sum_named_kernel[batch * blocks, triton.cdiv(width, meta["W"])](
+        _sum_named_kernel[batch * blocks, ceil_div(width, meta["W"])](
             values,
             indices,
             cu_seqlens,

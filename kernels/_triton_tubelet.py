@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import LAUNCH, Variant, device_of, next_power_of_2
+from ._triton import LAUNCH, Variant, ceil_div, device_of, next_power_of_2
 from ._triton_patches import (
     LEAST,
     SIZES,
@@ -172,7 +172,7 @@ def tubelet_embed(
     num_tokens = out.numel() // features
     meta = _meta(weight.dtype, features, geometry(weight), precision(weight.dtype))
     with device_of(video):
-        _tubelet_kernel[(triton.cdiv(num_tokens, meta["BM"]) * triton.cdiv(features, meta["BN"]),)](
+        _tubelet_kernel[(ceil_div(num_tokens, meta["BM"]) * ceil_div(features, meta["BN"]),)](
             video,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -196,7 +196,7 @@ def tubelet_embed(
 def _meta(dtype: torch.dtype, features: int, patch: dict[str, int], precision: str) -> dict[str, Any]:
     depth, frame = WIDE[2], patch["H"] * patch["W"]
     even = frame % depth == 0 and depth % patch["W"] == 0
-    fits = triton.cdiv(features, WIDE[1]) * WIDE[1] <= WASTE * features
+    fits = ceil_div(features, WIDE[1]) * WIDE[1] <= WASTE * features
     tile = WIDE if even and fits else NARROW
     if dtype == torch.float32:
         tile = TF32 if precision == "tf32" else IEEE

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._triton import LAUNCH, Variant, device_of, next_power_of_2
+from ._triton import LAUNCH, Variant, ceil_div, device_of, next_power_of_2
 from ._triton_patches import (
     LEAST,
     add_product,
@@ -115,7 +115,7 @@ def tubelet_embed_backward(
     """Gradients of video, weight, bias, pos_embed (empty where not in `needs`)."""
     need_video, need_weight, need_bias, need_pos = needs
     sets = () if indices is None or cu_seqlens is None or clip is None else packed(indices, cu_seqlens, clip)
-    grad_ND = grad.reshape(-1, weight.shape[0])
+    grad_ND, wide = grad.reshape(-1, weight.shape[0]), reference.accumulator(grad.dtype)
     grad_video, grad_weight, grad_bias, grad_pos = (grad.new_empty(0) for _ in needs)
     if need_video:
         grad_video = reference.tubelet_embed_backward(
@@ -124,10 +124,10 @@ def tubelet_embed_backward(
     if need_weight:
         grad_weight = _grad_weight(grad_ND.to(weight.dtype), video, weight, sets, constants(video, weight, mean, std))
     if need_bias:
-        grad_bias = grad_ND.sum(0, dtype=torch.float32).to(dtypes[0])
+        grad_bias = grad_ND.sum(0, dtype=wide).to(dtypes[0])
     if need_pos and dtypes[1] is not None:
         if not sets:
-            grad_pos = grad.sum(0, dtype=torch.float32).to(dtypes[1])
+            grad_pos = grad.sum(0, dtype=wide).to(dtypes[1])
         else:
             grad_pos = sum_named(grad_ND, sets[0], None, 1, reference.num_tubelets(video, weight), dtypes[1])[0]
     return grad_video, grad_weight, grad_bias, grad_pos
@@ -146,10 +146,10 @@ def _grad_weight(
     if num_tokens == 0:
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     meta = _meta(weight.dtype, features, geometry(weight), unit_of(video, weight), precision(weight.dtype))
-    tiles = triton.cdiv(features, meta["BN"]) * triton.cdiv(weight[0].numel(), meta["BK"])
+    tiles = ceil_div(features, meta["BN"]) * ceil_div(weight[0].numel(), meta["BK"])
     splits = max(1, min(PROGRAMS // tiles, num_tokens // LEAST_SPLIT))
-    split = triton.cdiv(num_tokens, splits * meta["BM"]) * meta["BM"]
-    splits = triton.cdiv(num_tokens, split)
+    split = ceil_div(num_tokens, splits * meta["BM"]) * meta["BM"]
+    splits = ceil_div(num_tokens, split)
     partial = torch.empty((splits, *weight.shape), dtype=torch.float32, device=video.device)
     with device_of(video):
         _grad_weight_kernel[(tiles, splits)](

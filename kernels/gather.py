@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, INTS, check_device, check_ids, check_tensor, describe
+from ._checks import FLOATS, INTS, check_device, check_ids, check_offsets, check_tensor, describe
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
@@ -31,6 +31,7 @@ register(Row("scatter_tokens", "reference", reference.scatter_tokens, reference.
 
 
 def _gather(x: Tensor, indices: Tensor, cu_seqlens: Tensor, clip: Tensor) -> Tensor:
+    check_offsets(cu_seqlens, clip.shape[0], indices.shape[0])
     check_ids("indices", indices, x.shape[1], "tokens of a clip")
     check_ids("clip", clip, x.shape[0], "clips")
     return choose("gather_tokens", x.device).forward(x, indices, cu_seqlens, clip)
@@ -88,6 +89,7 @@ def _scatter(
     fill: Tensor | None,
     fill_value: float,
 ) -> Tensor:
+    check_offsets(cu_seqlens, clip.shape[0], indices.shape[0])
     check_ids("indices", indices, length, "tokens of a clip")
     check_ids("clip", clip, batch, "clips")
     row = choose("scatter_tokens", values.device)
@@ -251,11 +253,16 @@ def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: bool = True
             raise ValueError(
                 f"masks[{number}] must have {masks[0].shape[1]} columns to concatenate, got {describe(mask)}"
             )
+    if concat:  # one mask of several rows for each clip: the tokens are written where they stay
+        return _apply_mask(x, masks[0] if len(masks) == 1 else torch.cat(masks), len(masks))
+    return [_apply_mask(x, mask, 1) for mask in masks]
+
+
+def _apply_mask(x: Tensor, mask: Tensor, repeats: int) -> Tensor:
+    """out[r*B + b, j] = x[b, mask[r*B + b, j]], [repeats*B, K, D]."""
+    batch, width = x.shape[0], mask.shape[1]
     clip = torch.arange(batch, device=x.device)
-    kept = []
-    for mask in masks:
-        width = mask.shape[1]
-        offsets = torch.arange(batch + 1, device=x.device, dtype=torch.int32) * width
-        packed = torch.ops.vjepa.gather_tokens(x, mask.reshape(-1).to(torch.int64), offsets, clip)
-        kept.append(packed.reshape(batch, width, x.shape[2]))
-    return torch.cat(kept) if concat else kept
+    clip = clip if repeats == 1 else clip.repeat(repeats)
+    offsets = torch.arange(repeats * batch + 1, device=x.device, dtype=torch.int32) * width
+    packed = torch.ops.vjepa.gather_tokens(x, mask.reshape(-1).to(torch.int64), offsets, clip)
+    return packed.reshape(repeats * batch, width, x.shape[2])

@@ -11,10 +11,20 @@ rows of `features` are read. Everything between reading and the result is float3
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_ids, check_no_empty_set, check_tensor, describe, lengths_tensor
+from ._checks import (
+    FLOATS,
+    check_device,
+    check_ids,
+    check_no_empty_set,
+    check_sets,
+    check_tensor,
+    describe,
+    lengths_tensor,
+)
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
@@ -31,13 +41,14 @@ register(triton_row("masked_l1_loss", "_triton_loss", "masked_l1_loss", "masked_
 register(Row("masked_l1_loss", "reference", reference.masked_l1_loss, reference.masked_l1_loss_backward))
 
 
-def _check_weights(weights: Tensor, lengths: list[int]) -> None:
+def _check_weights(weights: Tensor, cu_seqlens: Tensor) -> None:
     smallest = float(weights.min())
     if not smallest >= 0:
         raise ValueError(f"weights must not be negative or NaN, got {smallest}")
-    for number, share in enumerate(weights.split(lengths)):
-        if not bool(share.any()):
-            raise ValueError(f"weights must have a positive sum in each set, got 0 in set {number}")
+    before = F.pad((weights > 0).cumsum(0), (1, 0))  # positive weights before each token
+    positive = before.index_select(0, cu_seqlens).diff()
+    if not positive.all():
+        raise ValueError(f"weights must have a positive sum in each set, got 0 in set {positive.tolist().index(0)}")
 
 
 def _forward(
@@ -50,11 +61,12 @@ def _forward(
     eps: float,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_sets("targets.", cu_seqlens, lengths, indices.shape[0])
     check_no_empty_set("targets", lengths)
     check_ids("targets.indices", indices, features.shape[1], "tokens of a clip")
     check_ids("targets.clip", clip, features.shape[0], "clips")
     if weights is not None and weights.device.type == "cpu":
-        _check_weights(weights, lengths.tolist())
+        _check_weights(weights, cu_seqlens)
     arguments = (prediction, features, (indices, cu_seqlens, clip), eps, weights)
     return choose("masked_l1_loss", prediction.device, *arguments).forward(*arguments)
 

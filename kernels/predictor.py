@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, INTS, check_device, check_ids, check_no_empty_set, check_tensor, describe, lengths_tensor
+from ._checks import (
+    FLOATS,
+    INTS,
+    check_device,
+    check_ids,
+    check_no_empty_set,
+    check_sets,
+    check_tensor,
+    describe,
+    lengths_tensor,
+)
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
@@ -34,6 +44,8 @@ def _forward(
     target_lengths: Tensor,
     kind: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_sets("context_idx.", context_cu, context_lengths, context_indices.shape[0])
+    check_sets("target_idx.", target_cu, target_lengths, target_indices.shape[0])
     check_no_empty_set("context_idx", context_lengths)
     check_no_empty_set("target_idx", target_lengths)
     check_ids("context_idx.indices", context_indices, pos_embed.shape[0], "rows of pos_embed")
@@ -212,4 +224,7 @@ def predictor_tokens(
         lengths = lengths_tensor(context_idx.lengths) + lengths_tensor(target_idx.lengths)
     else:
         lengths = tuple(c + t for c, t in zip(context_idx.lengths, target_idx.lengths, strict=True))
-    return tokens, TokenIndices(indices, cu_seqlens, context_idx.clip, lengths, num_clips=context_idx.num_clips)
+    largest = None  # what the host knows of the ids of both it knows of the result's
+    if not (torch.compiler.is_compiling() or context_idx.max_index is None or target_idx.max_index is None):
+        largest = max(context_idx.max_index, target_idx.max_index)
+    return tokens, TokenIndices(indices, cu_seqlens, context_idx.clip, lengths, context_idx.num_clips, largest)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ._checks import INTS, check_device, check_lengths, check_sets, check_tensor, describe, lengths_tensor
+from ._checks import INTS, check_device, check_lengths, check_sets, check_tensor, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,9 @@ class TokenIndices:
             return  # values are not known while tracing; the operators check them when they run
         if not isinstance(self.lengths, Tensor):
             object.__setattr__(self, "lengths", tuple(operator.index(length) for length in self.lengths))
-        check_sets("", self.cu_seqlens, lengths_tensor(self.lengths), self.indices.shape[0])
+        check_sets("", self.cu_seqlens, self.lengths, self.indices.shape[0])
+        if self.num_clips is not None and not hasattr(self.num_clips, "__index__"):
+            raise TypeError(f"num_clips must be an int or None, got {describe(self.num_clips)}")
         if self.indices.device.type == "cpu":
             object.__setattr__(self, "max_index", _largest("indices", self.indices))
             largest_clip = _largest("clip", self.clip)
@@ -89,7 +91,8 @@ class TokenIndices:
         return self.indices.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenIndices:
-        """A copy on `device`; the lengths stay on the host."""
+        """A copy on `device`; the lengths stay on the host. A copy to the CPU, where values are checked, does wait."""
+        non_blocking = non_blocking and torch.device(device).type != "cpu"
         return replace(
             self,
             indices=self.indices.to(device, non_blocking=non_blocking),
@@ -146,7 +149,8 @@ class TokenIndices:
 def _largest(name: str, values: Tensor) -> int:
     if values.numel() == 0:
         return -1
-    smallest, largest = (int(value) for value in torch.aminmax(values))
+    bounds = torch.aminmax(values)
+    smallest, largest = int(bounds[0].item()), int(bounds[1].item())
     if smallest < 0:
         raise ValueError(f"{name} must not be negative, got {smallest}")
     return largest

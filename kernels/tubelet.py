@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu_tubelet, reference
-from ._checks import FLOATS, check_device, check_ids, check_tensor, describe
+from ._checks import FLOATS, check_device, check_ids, check_offsets, check_tensor, describe
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
@@ -60,7 +60,8 @@ def _forward(
     mean: list[float] | None,
     std: list[float] | None,
 ) -> Tensor:
-    if indices is not None and clip is not None:
+    if indices is not None and cu_seqlens is not None and clip is not None:
+        check_offsets(cu_seqlens, clip.shape[0], indices.shape[0])
         check_ids("indices", indices, _tokens(video, weight), "tokens of a clip")
         check_ids("clip", clip, video.shape[0], "clips")
     row = choose("tubelet_embed", video.device, video, weight)

@@ -178,7 +178,7 @@ def facts(names: list[str]) -> Iterator[Fact]:
         path = Path(folder) / "kernel.cubin"
         for module in names or modules():
             for variant in variants(module):
-                for arch in SHARED:
+                for arch in variant.archs:
                     fact = Fact(module, variant.name, variant.kernel.__name__, arch, triton.__version__)
                     try:
                         cubin, fact.shared = compile_variant(variant, arch)

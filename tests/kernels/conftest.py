@@ -80,6 +80,23 @@ def serving(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def used_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or huge ints, so that an element that is never written shows."""
+
+    def filled(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: object, **options: object) -> Tensor:
+            fresh = plain(*arguments, **options)
+            if fresh.dtype in (torch.int32, torch.int64):
+                return fresh.fill_(torch.iinfo(fresh.dtype).max)
+            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -60,6 +60,16 @@ def test_the_choice_ends_with_the_block_even_on_an_error():
     assert _dispatch.requested() == "auto"
 
 
+def test_blocks_of_two_threads_may_overlap():
+    first, second = backend("reference"), backend("sdpa")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _dispatch.requested() == "sdpa"
+    second.__exit__(None, None, None)
+    assert _dispatch.requested() == "auto"
+
+
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv(_dispatch.VARIABLE, "reference")
     assert selected("varlen_attention") == "reference"

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from vjepa.kernels import TokenIndices, backend, masked_l1_loss
+from vjepa.kernels import TokenIndices, backend, masked_l1_loss, reference
 from vjepa.kernels._dispatch import select
+
+pytestmark = pytest.mark.usefixtures("used_memory")
 
 B, L, D = 3, 10, 7
 LENGTHS, CLIP = (4, 1, 9, 2), (0, 1, 2, 0)
@@ -46,21 +48,6 @@ def check(prediction, features, targets, weights=None, eps=1e-5):
     return ours
 
 
-@pytest.fixture(autouse=True)
-def _used_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element that is never written shows."""
-
-    def filled(plain):
-        def call(*arguments, **options):
-            fresh = plain(*arguments, **options)
-            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-        return call
-
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
-
-
 @pytest.fixture
 def targets(make_sets, device):
     return make_sets(LENGTHS, L, CLIP, duplicates=True).to(device)
@@ -89,6 +76,38 @@ def test_any_sets(make_sets, device, lengths):
     prediction, features = torch.randn(targets.total, D, device=device), torch.randn(B, L, D, device=device)
     check(prediction, features, targets)
     check(prediction, features, targets, torch.rand(targets.total, device=device))
+
+
+def test_sets_of_more_weights_than_are_added_at_a_time(make_sets, device, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr("vjepa.kernels._triton_loss.WEIGHTS", 4)
+    targets = make_sets((9, 1, 4, 5), L, CLIP, duplicates=True).to(device)
+    with backend("triton"):
+        check(
+            torch.randn(19, D, device=device),
+            torch.randn(B, L, D, device=device),
+            targets,
+            torch.rand(19, device=device),
+        )
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("weights", [None, FP32])
+def test_backends_take_empty_sets(make_sets, device, weights):
+    """The operator refuses them, but no kernel relies on that."""
+    sets = make_sets((0, 2, 0, 0, 3, 0), L, (0, 1, 2, 0, 2, 1)).to(device)
+    share = None if weights is None else torch.rand(5, device=device)
+    inputs, packed = (torch.randn(5, D), torch.randn(B, L, D)), (sets.indices, sets.cu_seqlens, sets.clip)
+    prediction, features = (x.to(device) for x in inputs)
+    row, grad = select("masked_l1_loss", device), torch.ones((), device=device)
+    results = []
+    for forward, backward in (
+        (row.forward, row.backward),
+        (reference.masked_l1_loss, reference.masked_l1_loss_backward),
+    ):
+        loss, statistics = forward(prediction, features, packed, 1e-5, share)
+        results.append((loss, backward(grad, prediction, features, packed, statistics, share)))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.usefixtures("serving")
@@ -133,6 +152,7 @@ def test_only_the_prediction_gets_a_gradient(make_sets):
     assert prediction.grad is not None
     assert features.grad is None
     assert weights.grad is None
+    assert not masked_l1_loss(prediction.detach(), features, targets, weights=weights).requires_grad
 
 
 @pytest.mark.usefixtures("serving")
@@ -255,6 +275,23 @@ def test_opcheck(inputs, targets):
         opcheck(torch.ops.vjepa.masked_l1_loss_backward.default, arguments)
 
 
+def test_the_operator_refuses_bad_ids_itself():
+    """Compiled code reaches it without the public function's checks of values."""
+    good = {"prediction": torch.zeros(1, D), "features": torch.zeros(B, L, D), "indices": torch.tensor([0])}
+    good |= {"cu_seqlens": torch.tensor([0, 1], dtype=torch.int32), "clip": torch.tensor([0])}
+    good |= {"lengths": torch.tensor([1]), "eps": 1e-5, "weights": None}
+    for name, bad in (("indices", [L]), ("indices", [-1]), ("clip", [B]), ("clip", [-1])):
+        with pytest.raises(ValueError, match=f"targets.{name} must be between 0 and"):
+            torch.ops.vjepa.masked_l1_loss(**{**good, name: torch.tensor(bad)})
+
+
+def test_offsets_that_are_no_sums_of_the_lengths_are_refused(inputs, targets):
+    """Sets built in compiled code are checked in the operator."""
+    rest = (targets.clip.cpu(), torch.tensor(LENGTHS), 1e-5, None)
+    with pytest.raises(ValueError, match=r"targets\.cu_seqlens must be the running sum of targets\.lengths"):
+        torch.ops.vjepa.masked_l1_loss(*(x.cpu() for x in (*inputs, targets.indices, targets.cu_seqlens + 1)), *rest)
+
+
 def ids(*sets, clip=None):
     return TokenIndices.from_sets([torch.tensor(s, dtype=torch.int64) for s in sets], clip=clip)
 
@@ -279,6 +316,11 @@ def ids(*sets, clip=None):
             {"weights": torch.tensor([1.0, float("nan"), 1.0])},
             ValueError,
             "weights must not be negative or NaN, got nan",
+        ),
+        (
+            {"weights": torch.tensor([0.0, 1.0, 0.0])},
+            ValueError,
+            "weights must have a positive sum in each set, got 0 in set 1",
         ),
         ({"weights": torch.zeros(3)}, ValueError, "weights must have a positive sum in each set, got 0 in set 0"),
     ],

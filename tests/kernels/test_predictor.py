@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from vjepa.kernels import TokenIndices, predictor_tokens, reference
+from vjepa.kernels import TokenIndices, gather_tokens, predictor_tokens, reference
 from vjepa.kernels._dispatch import select
+
+pytestmark = pytest.mark.usefixtures("used_memory")
 
 L, P, KINDS = 9, 5, 2
 CONTEXT, TARGET, CLIP, KIND = (3, 1, 4, 2), (2, 5, 1, 6), (0, 1, 0, 1), torch.tensor([0, 0, 1, 3])
@@ -51,21 +53,6 @@ def check(floats, context, target, kind):
         some = [leaves[n] for n in needed]
         ours, plain = (torch.autograd.grad(x, some, grad, retain_graph=True) for x in (tokens, expected))
         assert all(map(torch.equal, ours, plain))
-
-
-@pytest.fixture(autouse=True)
-def _used_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element that is never written shows."""
-
-    def filled(plain):
-        def call(*arguments, **options):
-            fresh = plain(*arguments, **options)
-            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-        return call
-
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
 @pytest.mark.usefixtures("serving")
@@ -129,7 +116,7 @@ def test_any_strides(make_sets, device):
 
 
 @pytest.mark.usefixtures("serving")
-@pytest.mark.parametrize("lengths", [((0, 3, 0), (2, 0, 0)), ((0, 0), (0, 0))])
+@pytest.mark.parametrize("lengths", [((0, 3, 0), (2, 0, 0)), ((0, 0), (0, 0)), ((0,) * 300, (0,) * 299 + (1,))])
 def test_backends_take_empty_sets(make_sets, device, lengths):
     """The operator refuses them, but no kernel relies on that."""
     *floats, context, target = cases(make_sets, device, *lengths)
@@ -145,12 +132,59 @@ def test_backends_take_empty_sets(make_sets, device, lengths):
     assert all(torch.isfinite(x).all() for x in grads)
 
 
+@pytest.mark.usefixtures("serving")
+def test_backends_wrap_negative_kinds(make_sets, device):
+    """The operator refuses them where it can read them, which is not on a device: there they count from the last."""
+    *floats, context, target = cases(make_sets, device)
+    row, kind = select("predictor_tokens", device), KIND.to(device)
+    halves = (context.indices, context.cu_seqlens, target.indices, target.cu_seqlens)
+    ours, plain = (row.forward(*floats, *halves, k) for k in (kind - 2 * KINDS, kind))
+    assert all(map(torch.equal, ours, plain))
+    rest = (KINDS, L, (FP32,) * 3, [True] * 3)
+    grad = whole(plain[0])
+    ours, plain = (row.backward(grad, *halves, k, *rest) for k in (kind - 2 * KINDS, kind))
+    assert all(map(torch.equal, ours, plain))
+
+
 def test_lengths_are_a_tensor_if_either_input_has_a_tensor(make_sets):
     *floats, context, _ = cases(make_sets, "cpu")
     tensors = make_sets(TARGET, L, CLIP, seed=1, tensor_lengths=True)
     _, packed = predictor_tokens(*floats, context, tensors, KIND)
     assert isinstance(packed.lengths, torch.Tensor)
     assert packed.lengths.tolist() == [5, 6, 5, 8]
+
+
+def test_no_gradient_is_computed_for_frozen_inputs(make_sets, monkeypatch):
+    *floats, context, target = cases(make_sets, "cpu")
+    plain, asked = torch.ops.vjepa.predictor_tokens_backward, []
+    monkeypatch.setattr(
+        torch.ops.vjepa, "predictor_tokens_backward", lambda *args: asked.append(args[-1]) or plain(*args)
+    )
+    predictor_tokens(floats[0], floats[1].requires_grad_(), floats[2], context, target, KIND)[0].sum().backward()
+    assert asked == [[False, True, False]]
+
+
+def test_what_the_host_knows_of_the_ids_outlives_it(make_sets):
+    *floats, context, target = cases(make_sets, "meta")
+    packed = predictor_tokens(*floats, context, target, KIND.to("meta"))[1]
+    assert packed.max_index == max(context.max_index, target.max_index)
+    with pytest.raises(ValueError, match=f"indices must be between 0 and {packed.max_index - 1} .*"):
+        gather_tokens(torch.zeros(2, packed.max_index, P, device="meta"), packed)
+
+
+def test_the_operator_refuses_bad_offsets_and_ids_itself(make_sets):
+    """Sets built in compiled code are checked there."""
+    *floats, context, target = cases(make_sets, "cpu")
+    halves = [[s.indices, s.cu_seqlens, torch.tensor(s.lengths)] for s in (context, target)]
+    for half, name in ((0, "context_idx"), (1, "target_idx")):
+        wrong = [list(h) for h in halves]
+        wrong[half][1] = halves[half][1] + 1
+        with pytest.raises(ValueError, match=f"{name}.cu_seqlens must be the running sum of {name}.lengths"):
+            torch.ops.vjepa.predictor_tokens(*floats, *wrong[0], *wrong[1], KIND)
+        wrong = [list(h) for h in halves]
+        wrong[half][0] = torch.full_like(halves[half][0], L)
+        with pytest.raises(ValueError, match=f"{name}.indices must be between 0 and 8"):
+            torch.ops.vjepa.predictor_tokens(*floats, *wrong[0], *wrong[1], KIND)
 
 
 @pytest.mark.usefixtures("serving")

@@ -50,6 +50,19 @@ def test_to_moves_the_tensors_and_keeps_the_host_facts():
     assert TokenIndices.from_sets(SETS, device="meta").indices.device.type == "meta"
 
 
+def test_to_the_cpu_waits_for_the_values_it_checks(monkeypatch):
+    """From a GPU a copy that does not wait would be checked before it has arrived."""
+    asked, plain = [], torch.Tensor.to
+    packed = TokenIndices.from_sets(SETS[:1])
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, *where, **how: asked.append(how["non_blocking"]) or plain(x, *where, **how)
+    )
+    for device, waits in (("cpu", False), (torch.device("cpu"), False), ("meta", True)):
+        asked.clear()
+        packed.to(device, non_blocking=True)
+        assert asked == [waits] * 3
+
+
 def test_is_frozen_copied_and_pickled_for_loader_workers():
     packed = TokenIndices.from_sets(SETS)
     with pytest.raises(AttributeError):
@@ -101,6 +114,7 @@ IDS, OFFSETS, CLIP = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3], dtype=torc
         ((-IDS, OFFSETS, CLIP, (1, 2)), ValueError, "indices must not be negative, got -3"),
         ((IDS, OFFSETS, CLIP - 1, (1, 2)), ValueError, "clip must not be negative, got -1"),
         ((IDS, OFFSETS, CLIP, (1, 2), 1), ValueError, r"clip must be below num_clips \(1\), got 1"),
+        ((IDS, OFFSETS, CLIP, (1, 2), 2.5), TypeError, r"num_clips must be an int or None, got float 2\.5"),
     ],
 )
 def test_refuses(arguments, error, sentence):

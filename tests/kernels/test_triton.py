@@ -31,7 +31,7 @@ def capability(monkeypatch):
     """Pretends that the GPU has a compute capability."""
 
     def pretend(major, minor):
-        monkeypatch.setattr(_triton, "_capability", lambda device: (major, minor))
+        monkeypatch.setattr(_triton, "capability", lambda device: (major, minor))
 
     return pretend
 

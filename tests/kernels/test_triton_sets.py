@@ -22,6 +22,7 @@ CASES = {
     "empty sets": ((0, 3, 0, 0, 5, 0), (0, 1, 1, 0, 2, 2)),
     "long": ((IDS + 30, 17), (1, 0)),
     "many": ((2, 0, 3, 1) * (MANY // 4), tuple(n * 5 % 3 for n in range(MANY))),
+    "far apart": ((1,) * SETS + (3, 2), (1,) * SETS + (0, 2)),  # a clip's first set is the first that is looked at next
     "nothing": ((0, 0), (0, 1)),
 }
 
@@ -30,13 +31,6 @@ CASES = {
 def sets(request, make_sets, device):
     lengths, clip = CASES[request.param]
     return make_sets(lengths, L, clip, duplicates=True).to(device)
-
-
-@pytest.fixture
-def used_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element that is never written shows."""
-    plain = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: plain(*sizes, **options).fill_(float("nan")))
 
 
 def spread(tensor):

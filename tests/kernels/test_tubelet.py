@@ -41,21 +41,6 @@ def serving(request, device):
         yield request.param
 
 
-@pytest.fixture
-def used_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element that is never written shows."""
-
-    def filled(plain):
-        def call(*arguments, **options):
-            fresh = plain(*arguments, **options)
-            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-        return call
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
-
-
 def inputs(dtype=torch.float64, video_dtype=None, device="cpu"):
     weight, bias, pos = torch.randn(D, C, *KERNEL), torch.randn(D), torch.randn(L, D)
     return clips(B, C, T, H, W, dtype=video_dtype or dtype).to(device), *(
@@ -137,6 +122,17 @@ def test_the_sum_over_tokens_may_be_split(make_sets, check_accuracy, monkeypatch
     check_all(check_accuracy, video, parameters, sets, {"mean": MEAN, "std": STD})
 
 
+@pytest.mark.usefixtures("used_memory")
+@pytest.mark.parametrize("serving", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_may_come_in_chunks(make_sets, check_accuracy, monkeypatch, device, serving, dtype):
+    monkeypatch.setattr("vjepa.kernels._cpu_tubelet.CHUNK", 1)
+    monkeypatch.setattr("vjepa.kernels._cpu_tubelet.ROWS", 5)  # tokens of a chunk; the last one has fewer
+    video, *parameters = inputs(dtype, torch.uint8, device)
+    for sets in (None, make_sets((4, 3, 6), L, (0, 2, 2), duplicates=True)):
+        check_all(check_accuracy, video, parameters, sets, {"mean": MEAN, "std": STD})
+
+
 @pytest.mark.parametrize("serving", ["reference", "cpu"], indirect=True)
 @pytest.mark.parametrize("kept", [False, True])
 def test_gradcheck(make_sets, serving, kept):
@@ -180,6 +176,8 @@ LAYOUTS = {
     "frames first": lambda dtype: clips(B, T, C, H, W, dtype=dtype).transpose(1, 2),
     "crop": lambda dtype: clips(B, C, T + 1, H + 3, W + 5, dtype=dtype)[:, :, 1:, 2:-1, 3:-2],
     "one still clip": lambda dtype: clips(1, C, 1, H, W, dtype=dtype).expand(B, C, T, H, W),
+    "clips that overlap": lambda dtype: clips(C, T, H, W + 4, dtype=dtype).unfold(3, W, 2).permute(3, 0, 1, 2, 4),
+    "channels that overlap": lambda dtype: clips(B, T, H, W + 4, dtype=dtype).unfold(3, W, 2).permute(0, 3, 1, 2, 4),
 }
 
 
@@ -220,17 +218,78 @@ def test_any_strides_of_the_rest(make_sets, device):
             torch.testing.assert_close(plain, strided, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("serving")
-def test_offsets_beyond_32_bits(device):
-    apart, size = 2**30, 8  # two frames later lies the pixel 2**31; the memory between is never touched
-    storage = torch.empty(2 * apart + size, dtype=torch.uint8, device=device)
-    video = storage.as_strided((1, 1, 3, 2, 4), (0, 0, apart, 4, 1))
-    video.copy_(clips(*video.shape, dtype=torch.uint8))
-    for kernel in ((1, 2, 2), (3, 2, 2)):  # far tokens, far pixels of a token
-        weight = torch.randn(5, 1, *kernel, device=device, requires_grad=True)
-        outs = [tubelet_embed(given, weight) for given in (video, video.contiguous())]
+APART = 2**30  # two of these steps lead to 2**31, which 32 bits take for -(2**31)
+
+
+@pytest.fixture
+def far(tmp_path, device):
+    """Memory of 2^31 elements and a few, of which few are touched: a file with a hole, or a part of the GPU's memory.
+
+    As much lies before it, so that a kernel which computes offsets in 32 bits fails the test and not the process.
+    """
+
+    def zeros(dtype):
+        size = 4 * APART + 64
+        if device.type == "cuda":
+            if torch.cuda.mem_get_info(device)[0] < 2 * size * dtype.itemsize:
+                pytest.skip(f"needs {2 * size * dtype.itemsize >> 30} GB of the GPU's memory")
+            return torch.zeros(size, dtype=dtype, device=device)[2 * APART :]
+        return torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=dtype)[2 * APART :]
+
+    return zeros
+
+
+@pytest.mark.parametrize(
+    ("dimension", "inside"),
+    [(0, False), (1, True), *((number, inside) for number in (2, 3, 4) for inside in (False, True))],
+)
+def test_pixels_far_away(make_sets, far, device, serving, dimension, inside):
+    """Tokens, or pixels inside a token, lie 2^31 elements apart."""
+    if serving == "cpu" and inside and dimension == 4:
+        pytest.skip("the cpu backend needs the pixels of a row side by side")
+    shape, strides, kernel = [2] * 5, [16, 8, 4, 2, 1], [1, 1, 1]
+    shape[dimension], strides[dimension] = 3, APART
+    if inside and dimension > 1:
+        kernel[dimension - 2] = 3
+    video = far(torch.uint8).as_strided(shape, strides)
+    video.copy_(clips(*shape, dtype=torch.uint8))
+    weight = torch.randn(5, shape[1], *kernel, device=device, requires_grad=True)
+    length = video[0, 0].numel() // weight[0, 0].numel()
+    sets = make_sets((length, 3, 2), length, (shape[0] - 1, 0, 1), duplicates=True).to(device)
+    for chosen in (None, sets):
+        outs = [tubelet_embed(given, weight, indices=chosen) for given in (video, video.contiguous())]
         assert torch.equal(*outs)
         assert torch.equal(*(torch.autograd.grad(out.square().sum(), weight)[0] for out in outs))
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("kept", [False, True])
+def test_positions_and_gradients_far_away(far, device, kept):
+    sets = TokenIndices.from_sets([torch.arange(3)], device=device) if kept else None
+    video, weight = torch.randn(1, 2, 3, 1, 1, device=device).half(), torch.randn(8, 2, 1, 1, 1, device=device).half()
+    rows = far(torch.float16).as_strided((3, 8), (APART, 1))
+    rows.copy_(torch.randn(3, 8))
+    near = rows.clone()
+    assert torch.equal(*(tubelet_embed(video, weight, None, pos, sets) for pos in (rows, near)))
+    packed = (None,) * 3 if sets is None else (sets.indices, sets.cu_seqlens, sets.clip)
+    arguments = (video, weight, *packed, None, None, weight.dtype, weight.dtype, [False, True, True, True])
+    results = [
+        torch.ops.vjepa.tubelet_embed_backward(grad if kept else grad[None], *arguments) for grad in (rows, near)
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_writes_far_away(far, device):
+    module = import_module("vjepa.kernels._triton_tubelet")
+    video, weight = torch.tensor([1.0, 2.0, 3.0], device=device), torch.arange(16.0, device=device)
+    meta = module._meta(video.dtype, 16, dict.fromkeys("CTHW", 1), module.precision(video.dtype))
+    # a lie about the features, of which the only program makes 16, puts the tokens far apart
+    sizes = (3, 0, 0, 3, 1, 1, APART, *(0, 0, 1, 0, 0), 0)
+    out = far(torch.uint8)
+    module._tubelet_kernel[1,](video, weight, *(None,) * 7, out, *sizes, **meta)
+    assert out.as_strided((3, 16), (APART, 1)).tolist() == torch.outer(video, weight).tolist()
 
 
 @pytest.mark.usefixtures("serving")
@@ -273,6 +332,19 @@ def test_positions_of_higher_precision_promote(make_sets, check_accuracy, device
         expected = torch.autograd.grad(by_convolution(video.double(), *doubles, sets), doubles, grad.double())
         for ours, truth in zip(grads, expected, strict=True):
             torch.testing.assert_close(ours.double(), truth, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("kept", [False, True])
+def test_gradients_of_double_positions_add_in_float64(make_sets, device, kept):
+    video, weight, _, pos = inputs(torch.float32, device=device)
+    sets = make_sets((40, 30), L, (0, 1), duplicates=True).to(device) if kept else None
+    pos = pos.double().requires_grad_()
+    out = tubelet_embed(video, weight, None, pos, sets)
+    grad = torch.randn_like(out)
+    (ours,) = torch.autograd.grad(out, pos, grad)
+    expected = grad.sum(0) if sets is None else torch.zeros_like(pos).index_put_((sets.indices,), grad, accumulate=True)
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.usefixtures("serving")
@@ -382,3 +454,15 @@ def test_refuses_constants(norm, error, sentence):
     video, weight, *_ = inputs(torch.float32, torch.uint8)
     with pytest.raises(error, match=sentence):
         tubelet_embed(video, weight, **norm)
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("offsets", [[0, 3], [0, 1], [1, 2], [0]])
+def test_the_operator_refuses_bad_offsets_itself(device, offsets):
+    """A kernel would read where they point to."""
+    if device.type != "cpu":
+        pytest.skip("values on a device are not read")
+    video, weight, bias, pos = inputs(torch.float32)
+    sets = torch.tensor([0, 1]), torch.tensor(offsets, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"cu_seqlens must (rise from 0 to the 2|have 2 entries)"):
+        torch.ops.vjepa.tubelet_embed(video, weight, bias, pos, *sets, None, None)
