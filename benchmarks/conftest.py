@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def record(config: pytest.Config, outcome: Outcome, ceilings: Ceilings, device: 
         name = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", about["device"].lower())
         content = {
             "machine": about,
-            "ceilings": {"copy_gb_s": ceilings.copy_gb_s, "gemm_tflop_s": ceilings.gemm_tflop_s},
+            "ceilings": asdict(ceilings),
             "works": [work for work in outcomes if work["op"] == outcome.work.op],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

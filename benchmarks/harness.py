@@ -45,6 +45,7 @@ class Work:
     packing: str | None = None
     bytes_moved: int = 0
     flop: int = 0
+    exps: int = 0  # exponentials, where they may be the limit
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Result:
     tflop_s: float | None = None
     share_of_copy: float | None = None
     share_of_gemm: float | None = None
+    share_of_exp: float | None = None
     peers: dict[str, dict[str, float]] = field(default_factory=dict)  # of ours: each peer's median and ratio
     best_peer: str | None = None
     ratio: float | None = None  # best peer's median over ours: above 1 we are faster

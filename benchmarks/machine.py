@@ -15,14 +15,19 @@ import torch
 from .harness import GIGA, TERA, Call, Clock, Contender, Outcome, dtype_name, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
+EXPS = 16  # of all architectures from sm_80 to sm_120
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """GB/s of a copy far beyond the caches, and TFLOP/s of a large square matrix product for each dtype."""
+    """GB/s of a copy far beyond the caches, and TFLOP/s of a large square matrix product for each dtype.
+
+    Exponentials a second are not measured: the exp units make EXPS a clock and SM, at the highest clock.
+    """
 
     copy_gb_s: float
     gemm_tflop_s: dict[str, float]
+    exp_s: float | None = None
 
     def set_shares(self, outcome: Outcome) -> None:
         """Write into the results what share of the ceilings they reach."""
@@ -32,6 +37,8 @@ class Ceilings:
                 result.share_of_copy = result.gb_s / self.copy_gb_s
             if result.tflop_s is not None and gemm is not None:
                 result.share_of_gemm = result.tflop_s / gemm
+            if outcome.work.exps and self.exp_s is not None:
+                result.share_of_exp = outcome.work.exps / result.median / self.exp_s
 
 
 def measure_ceilings(device: torch.device, clock: Clock) -> Ceilings:
@@ -47,7 +54,14 @@ def measure_ceilings(device: torch.device, clock: Clock) -> Ceilings:
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         gemm[dtype_name(dtype)] = 2 * side**3 / fastest(lambda a=a, b=b: a @ b) / TERA
-    return Ceilings(copy, gemm)
+    return Ceilings(copy, gemm, _exponentials(device))
+
+
+def _exponentials(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    about = torch.cuda.get_device_properties(device)
+    return EXPS * about.multi_processor_count * about.clock_rate * 1e3
 
 
 def machine(device: torch.device) -> dict[str, str | None]:

@@ -90,9 +90,11 @@ def times(ratio: float | None) -> str:
 
 def rate(row: Result) -> str:
     """The figure that is nearer to its ceiling, and its share of it."""
-    copy, gemm = row["share_of_copy"] or 0.0, row["share_of_gemm"] or 0.0
+    copy, gemm, exp = (row.get(f"share_of_{ceiling}") or 0.0 for ceiling in ("copy", "gemm", "exp"))
     if not copy and not gemm:
         return ""
+    if exp > max(copy, gemm):
+        return f"{_digits(row['tflop_s'])} TFLOP/s ({exp:.0%} of the exp units)"
     figure = f"{_digits(row['gb_s'])} GB/s" if copy >= gemm else f"{_digits(row['tflop_s'])} TFLOP/s"
     return f"{figure} ({max(copy, gemm):.0%})"
 

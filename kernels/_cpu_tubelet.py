@@ -102,8 +102,8 @@ def tubelet_embed(
         return out
     weight_KD = weight.reshape(features, -1).T
     out_ND = out.view(-1, features)
-    sets = None if indices is None else (indices, cu_seqlens, clip)
-    for chosen, patches in _chunks(video, weight, sets, mean, std):  # type: ignore[arg-type]
+    sets = None if indices is None or cu_seqlens is None or clip is None else (indices, cu_seqlens, clip)
+    for chosen, patches in _chunks(video, weight, sets, mean, std):
         rows = out_ND[chosen] if dtype == weight.dtype else weight.new_empty((patches.shape[0], features))
         if bias is None:
             torch.mm(patches, weight_KD, out=rows)
@@ -136,7 +136,7 @@ def tubelet_embed_backward(
     grads = reference.tubelet_embed_backward(grad, video, weight, indices, cu_seqlens, clip, mean, std, dtypes, others)
     if not needs[1]:
         return grads
-    sets = None if indices is None else (indices, cu_seqlens, clip)
+    sets = None if indices is None or cu_seqlens is None or clip is None else (indices, cu_seqlens, clip)
     low_ND = grad.reshape(-1, weight.shape[0]).to(weight.dtype)
     grad_weight = weight.new_zeros((weight.shape[0], weight[0].numel()))
     if weight.dtype == reference.accumulator(weight.dtype):

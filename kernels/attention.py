@@ -17,9 +17,25 @@ from torch import Tensor
 from . import _sdpa, reference
 from ._checks import FLOATS, check_device, check_lengths, check_sets, check_tensor, describe, lengths_tensor
 from ._dispatch import Row, choose, define, register
+from ._triton import row as triton_row
 
+TRITON_FLOAT32 = 64  # widest head in float32 whose operands fit the registers of a thread block
 MAX_HEAD_DIM = 256  # what fits the registers and shared memory of one thread block, in every kernel of the field
 
+
+def _triton_unfit(q: Tensor, scale: float) -> str | None:
+    if q.dtype == torch.float64:
+        return "its kernels do not compute in float64"
+    if q.dtype == torch.float32 and q.device.type == "cuda" and q.shape[2] > TRITON_FLOAT32:
+        return f"its kernels compute heads of up to {TRITON_FLOAT32} in float32, got {q.shape[2]}"
+    return None if scale > 0 else f"its kernels need a positive scale, got {scale}"
+
+
+register(
+    triton_row(
+        "varlen_attention", "_triton_attention", "varlen_attention", "varlen_attention_backward", unfit=_triton_unfit
+    )
+)
 register(Row("varlen_attention", "sdpa", _sdpa.varlen_attention, _sdpa.varlen_attention_backward))
 register(Row("varlen_attention", "reference", reference.varlen_attention, reference.varlen_attention_backward))
 
@@ -41,7 +57,7 @@ def _forward(
     for number, (n, m) in enumerate(zip(lengths.tolist(), kv_lengths.tolist(), strict=True)):
         if n > 0 and m == 0:
             raise ValueError(f"kv_lengths must be positive where there are queries, got 0 in sequence {number}")
-    row = choose("varlen_attention", q.device)
+    row = choose("varlen_attention", q.device, q, scale)
     return row.forward(q, k, v, cu_seqlens, lengths, scale, kv_cu_seqlens, kv_lengths)
 
 
@@ -71,7 +87,7 @@ def _backward(
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = choose("varlen_attention", q.device)
+    row = choose("varlen_attention", q.device, q, scale)
     return row.backward(grad, q, k, v, out, lse, cu_seqlens, lengths, scale, kv_cu_seqlens, kv_lengths)
 
 

@@ -25,6 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # for the tests, which load this file as a module of another name
+import attention_model
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "ahead_of_time.md"
 # Dynamic shared memory that a block may ask for, in bytes, of each architecture that is compiled for.
@@ -32,7 +35,8 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 OLDER = "3.6.0"  # compiled with besides the newest: the Triton that PyTorch 2.10 and 2.11 were released with
 OLDER_VARIABLE = "VJEPA_TRITON_3_6"  # the folder it is in, if not the one that `make test` installs it into
 
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)|^(\.L_\w+):", re.MULTILINE)
+JUMP = re.compile(r"`\((\.L_\w+)\)")
 TARGET = re.compile(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 MATRIX = re.compile(
@@ -42,6 +46,7 @@ SPILLS = {"STL", "LDL"}  # store to and load from local memory
 LOADS = {"LD", "LDG", "LDGSTS"}
 BULK_LOADS = {"UTMALDG", "UBLKCP"}  # the copy engine: whole tiles
 WIDE = {"128", "256"}
+SUMS = {"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2"}  # those with a 2, of sm_100, do two
 
 
 @dataclass
@@ -59,6 +64,11 @@ class Fact:
     spills: int = 0  # instructions that touch it
     matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions by kind
     wide_loads: int = 0  # loads of at least 16 bytes of a thread
+    loop: int = 0  # instructions of its longest loop,
+    exps: int = 0  # of which make an exponential or the like,
+    sums: int = 0  # and add or multiply in float32
+    pairs: int = 0  # of attention: pairs of query and key of a thread and step,
+    width: int = 0  # and the head's width, all parts together
     faults: list[str] = field(default_factory=list)
 
 
@@ -72,16 +82,36 @@ def read_usage(text: str) -> tuple[int, int]:
 
 def read_instructions(text: str, arch: int) -> Counter[str]:
     """How often each instruction stands in the output of nvdisasm."""
-    found = Counter(INSTRUCTION.findall(text))
+    found = Counter(name for name, _, _ in INSTRUCTION.findall(text) if name)
     targets = {number for numbers in TARGET.findall(text) for number in numbers if number}
     if str(arch) not in targets or "EXIT" not in found:
         raise ValueError(f"no machine code for sm_{arch} in {text[:200]!r}")
     return found
 
 
+def read_loop(text: str) -> list[str]:
+    """Instructions of the longest loop in the output of nvdisasm that holds no other: from a label to the jump back."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for name, rest, label in INSTRUCTION.findall(text):
+        if label:
+            labels[label] = len(names)
+            continue
+        names.append(name)
+        target = JUMP.search(rest) if name == "BRA" else None
+        if target and target.group(1) in labels:
+            loops.append((labels[target.group(1)], len(names)))
+    inner = [loop for loop in loops if not any(loop[0] <= a and b <= loop[1] and loop != (a, b) for a, b in loops)]
+    first, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    return names[first:end]
+
+
 def judge(fact: Fact, usage: str, code: str, matrix: bool, wide: bool) -> None:
     """Fill in `fact` from what Triton's tools print about the machine code, faults among it."""
     fact.registers, fact.spilled = read_usage(usage)
+    loop = [instruction.split(".")[0] for instruction in read_loop(code)]
+    fact.loop, fact.exps, fact.sums = len(loop), loop.count("MUFU"), sum(name in SUMS for name in loop)
     for instruction, count in read_instructions(code, fact.arch).items():
         name, *modifiers = instruction.split(".")
         if name in SPILLS:
@@ -152,6 +182,14 @@ def compile_variant(variant: Any, arch: int) -> tuple[bytes, int]:
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
+def attention_of(variant: Any) -> tuple[int, int]:
+    """Pairs of query and key of a thread and step, and the width of the head; 0 and 0 for other kernels."""
+    given = variant.constants
+    if "WALKED" not in given:
+        return 0, 0
+    return given["OWNED"] * given["WALKED"] // (32 * variant.num_warps), given["E0"] + given["E1"]
+
+
 def ask(tool: str, *arguments: object) -> str:
     """What one of the tools that Triton brings prints."""
     import triton
@@ -180,6 +218,7 @@ def facts(names: list[str]) -> Iterator[Fact]:
             for variant in variants(module):
                 for arch in variant.archs:
                     fact = Fact(module, variant.name, variant.kernel.__name__, arch, triton.__version__)
+                    fact.pairs, fact.width = attention_of(variant)
                     try:
                         cubin, fact.shared = compile_variant(variant, arch)
                         path.write_bytes(cubin)
@@ -268,15 +307,19 @@ architecture has, on a matrix kernel without matrix instructions (or another wit
 full precision), and on a kernel that moves rows without 16-byte loads.
 
 Where versions of Triton differ, each is shown: {versions}. Registers are those of a thread, of at most 255; shared memory is
-that of a block, in bytes; the rest counts instructions of the code, which a loop runs more often.
+that of a block, in bytes; the rest counts instructions of the code, which a loop runs more often. The last column counts
+those of the longest loop that has no other in it, and of these the ones of the exp unit and the additions and
+multiplications of float32.
 
 """
-HEADER = ("kernel", "for", "registers", "shared memory", "spills", "matrix instructions", "16-byte loads")
+HEADER = ("kernel", "for", "registers", "shared memory", "spills", "matrix instructions", "16-byte loads", "loop")
 
 
 def cells(fact: Fact) -> tuple[str, ...]:
     matrix = ", ".join(f"{count} {name}" for name, count in sorted(fact.matrix.items())) or "none"
-    return str(fact.registers), str(fact.shared), str(fact.spills or "none"), matrix, str(fact.wide_loads or "none")
+    loop = f"{fact.loop}: {fact.exps} exp, {fact.sums} float" if fact.loop else "none"
+    wide = str(fact.wide_loads or "none")
+    return str(fact.registers), str(fact.shared), str(fact.spills or "none"), matrix, wide, loop
 
 
 def document(found: list[Fact]) -> str:
@@ -292,6 +335,7 @@ def document(found: list[Fact]) -> str:
             merged = [" / ".join(dict.fromkeys(values)) for values in zip(*versions, strict=True)]
             lines.append(f"| {' | '.join((*key, *merged))} |")
         lines.append("")
+    lines.append(attention_model.section(found))
     return "\n".join(lines).rstrip() + "\n"
 
 

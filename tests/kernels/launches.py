@@ -34,6 +34,7 @@ from vjepa.kernels import (
     predictor_tokens,
     scatter_tokens,
     tubelet_embed,
+    varlen_attention,
 )
 
 ARCH = 90
@@ -44,6 +45,7 @@ CLIPS, FRAMES, SIZE = 2, 16, 224
 TUBELET, PATCH = 2, 16
 LENGTH = FRAMES // TUBELET * (SIZE // PATCH) ** 2
 WIDTH, NARROW = 1024, 384  # of the encoder and of the predictor of ViT-L
+HEADS = 16
 
 
 class Launcher:
@@ -192,6 +194,13 @@ class Step:
         self.backward(gather_tokens(self.tokens, target), self.tokens)
         self.backward(scatter_tokens(rows, target, LENGTH), rows)
         self.backward(scatter_tokens(rows, target, LENGTH, fill=self.bias), rows, self.bias)
+
+        self.attend(WIDTH, context)
+        self.attend(NARROW, context)
+
+    def attend(self, width: int, sets: TokenIndices) -> None:
+        qkv = parameter(sets.total, 3, HEADS, width // HEADS, dtype=torch.bfloat16)
+        self.backward(varlen_attention(*qkv.unbind(1), sets.cu_seqlens, sets.lengths), qkv)
 
     def backward(self, output: Tensor, *inputs: Tensor) -> None:
         torch.autograd.grad(output, inputs, torch.zeros_like(output))
