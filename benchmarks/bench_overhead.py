@@ -16,6 +16,7 @@ from vjepa.kernels import (
     predictor_tokens,
     scatter_tokens,
     tubelet_embed,
+    varlen_attention,
 )
 
 from .harness import HostClock, LaunchClock, Work
@@ -36,6 +37,7 @@ def cases(device: torch.device, backward: bool) -> dict:
     kind, patches = torch.tensor([0, 1], device=device), torch.randn(5, 48, device=device)
     features, flat = x.detach(), weight.detach().flatten(1).requires_grad_(backward)
     zeros = torch.zeros(CLIPS * LENGTH, WIDTH, device=device)
+    heads = torch.randn(5, 2, WIDTH // 2, device=device, requires_grad=backward)
     return {
         "tubelet_embed": (
             lambda: tubelet_embed(video, weight, indices=sets), weight, "linear", lambda: F.linear(patches, flat), flat
@@ -64,12 +66,20 @@ def cases(device: torch.device, backward: bool) -> dict:
             lambda: F.l1_loss(values, patches[:, :WIDTH]),
             values,
         ),
+        "varlen_attention": (
+            lambda: varlen_attention(heads, heads, heads, sets.cu_seqlens, sets.lengths),
+            heads,
+            "scaled_dot_product_attention",
+            lambda: F.scaled_dot_product_attention(*(heads.transpose(0, 1)[None],) * 3),
+            heads,
+        ),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 @pytest.mark.parametrize(
-    "op", ["tubelet_embed", "gather_tokens", "scatter_tokens", "predictor_tokens", "masked_l1_loss"]
+    "op",
+    ["tubelet_embed", "gather_tokens", "scatter_tokens", "predictor_tokens", "masked_l1_loss", "varlen_attention"],
 )
 def bench_overhead(compare, device, op, direction):
     backward = direction != "forward"
