@@ -69,7 +69,7 @@ gpu-test: gpu-stage
 	( $(call gpu_pytest,380,--ignore=$(CURDIR)/tests/kernels/test_ahead_of_time.py $(CURDIR)/tests/kernels) ); kernels=$$?; \
 	( $(call gpu_pytest,60,-m gpu $(addprefix $(CURDIR)/,$(GPU_TESTS))) ) && exit $$kernels
 
-gpu-tokens: BENCHMARKS := tubelet gather predictor_tokens loss
+gpu-tokens: BENCHMARKS := tubelet gather predictor_tokens loss norm
 gpu-attention: BENCHMARKS := attention
 gpu-overhead: BENCHMARKS := overhead
 gpu-ema: BENCHMARKS := ema

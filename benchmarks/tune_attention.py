@@ -6,7 +6,7 @@ Tries every candidate of the forward kernel, then of the kernel of grad_q, then 
 one at its best so far, on the sequences of a step of 24 clips: of the predictor (head_dim up to 32), or of the encoder.
 A candidate whose result is not the one of the committed tiles, to a few roundings, is out; one that the chip has no room for
 too. Prints all, fastest first, with the one that is committed marked, and writes FOLDER/tuning_attention_<head_dim>.json.
-What wins goes into TILES, QUERIES, KEYS and SHARE of kernels/_triton_attention*.py.
+What wins goes into TILES, QUERIES and KEYS of kernels/_triton_attention*.py.
 """
 
 from __future__ import annotations
@@ -94,15 +94,14 @@ def committed(module: ModuleType, name: str, family: str, width: int) -> Candida
     """What a launcher uses as it is."""
     widths = getattr(module, name)[family]
     tile = widths[min(most for most in widths if width <= most)]
-    return Candidate((tile.owned, tile.walked, tile.warps, tile.stages), module.SHARE)
+    return Candidate((tile.owned, tile.walked, tile.warps, tile.stages), tile.share)
 
 
 def use(module: ModuleType, name: str, family: str, candidate: Candidate) -> None:
     """Let the launcher use a candidate from now on."""
     from vjepa.kernels._triton_attention_parts import Tile
 
-    getattr(module, name)[family] = {256: Tile(*candidate.tile)}
-    module.SHARE = candidate.share
+    getattr(module, name)[family] = {256: Tile(*candidate.tile, share=candidate.share)}
 
 
 def tune(
@@ -116,7 +115,7 @@ def tune(
     """A row for each candidate that was tried: its median time, or why it is out. Leaves the fastest in use."""
     backward = module is problem.backward_module
     run = problem.backward if backward else problem.forward
-    before = getattr(module, name)[problem.family], module.SHARE
+    before = getattr(module, name)[problem.family]
     best: tuple[float, Candidate | None] = (float("inf"), None)
     for candidate in candidates:
         row: dict[str, Any] = {"kernel": name, "tile": candidate.tile, "share": candidate.share}
@@ -137,7 +136,7 @@ def tune(
         flop = problem.flop * (2.5 if backward else 1)
         yield {**row, "seconds": seconds, "tflop_s": flop / seconds / 1e12}
     if best[1] is None:
-        getattr(module, name)[problem.family], module.SHARE = before
+        getattr(module, name)[problem.family] = before
     else:
         use(module, name, problem.family, best[1])
 
@@ -166,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lengths = lengths_of(what, options.packing, (SHORT, LONG), CLIPS)
     problem = Problem(lengths, HEADS[head_dim], head_dim, torch.bfloat16, device)
     clock, deadline, rows = DeviceClock(), time.monotonic() + options.seconds, []
-    width = problem.forward_module.meta(problem.forward_module.TILES, problem.family, head_dim, 0, 1, "ieee")
+    width = problem.forward_module.meta(problem.forward_module.TILES, problem.family, head_dim, 1, "ieee")
     for module, name, tiles in (
         (problem.forward_module, "TILES", FORWARD),
         (problem.backward_module, "QUERIES", BACKWARD),

@@ -16,6 +16,7 @@ from .attention import varlen_attention
 from .ema import EMA, ema_update_
 from .gather import apply_masks, gather_tokens, scatter_tokens
 from .loss import masked_l1_loss
+from .norm import add_layer_norm
 from .optimizer import AdamWEMA
 from .predictor import predictor_tokens
 from .tokens import TokenIndices
@@ -25,6 +26,7 @@ __all__ = [
     "EMA",
     "AdamWEMA",
     "TokenIndices",
+    "add_layer_norm",
     "apply_masks",
     "backend",
     "ema_update_",

@@ -59,7 +59,6 @@ TILES: Tiles = {
     },
     "float32": {32: Tile(64, 32, 4, 2, reload=True), 64: Tile(64, 32, 8, 2, reload=True)},
 }
-SHARE = 0  # exponentials without the exp unit, one in so many (0: none)
 
 
 @triton.jit
@@ -172,7 +171,7 @@ def varlen_attention(
     if out.numel() == 0:
         return out, lse
     q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
-    made_by = meta(TILES, family(q.device, q.dtype), head_dim, SHARE, unit_of(q, k, v), precision(q.dtype))
+    made_by = meta(TILES, family(q.device, q.dtype), head_dim, unit_of(q, k, v), precision(q.dtype))
     with device_of(q):
         items = items_for(lengths, kv_lengths, made_by["OWNED"], q.device)
         _attention_kernel[(items.shape[0] * heads,)](
@@ -193,20 +192,15 @@ def varlen_attention(
 
 def variants() -> list[Variant]:
     """What the launcher launches on views of a packed qkv, and narrow heads with other shares of exponentials."""
-    others = [_variant("shared", torch.bfloat16, 24, share=share) for share in (4, 8) if share != SHARE]
+    tile = TILES["shared"][32]
+    others = [
+        _variant("shared", torch.bfloat16, 24, tile._replace(share=share)) for share in (0, 4, 8) if share != tile.share
+    ]
     return [*(_variant(*case) for case in CASES), *others]
 
 
-def _variant(
-    family: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    precision: str = "ieee",
-    share: int = SHARE,
-    tile: Tile | None = None,
-) -> Variant:
-    tiles = TILES if tile is None else {family: {256: tile}}
-    made_by = meta(tiles, family, head_dim, share, 8, precision)
+def _variant(family: str, dtype: torch.dtype, head_dim: int, tile: Tile | None = None) -> Variant:
+    made_by = meta(TILES if tile is None else {family: {256: tile}}, family, head_dim, 8, "ieee")
     pointers = {f"{name}_ptr": f"*{TYPES[dtype]}" for name in ("q", "k", "v", "out")}
     return Variant(
         name=f"varlen_attention {describe(dtype, head_dim, made_by)}",

@@ -69,12 +69,12 @@ KEYS: Tiles = {
         32: Tile(128, 64, 8, 3),
         64: Tile(128, 32, 8, 2),
         80: Tile(128, 32, 8, 2, reload=True),
+        96: Tile(64, 32, 8, 2, reload=True),
         128: Tile(64, 64, 8, 2, reload=True),
         256: Tile(32, 32, 8, 1, reload=True),
     },
     "float32": {32: Tile(64, 32, 8, 2, reload=True), 64: Tile(32, 32, 8, 1, reload=True)},
 }
-SHARE = 0  # exponentials without the exp unit, one in so many (0: none)
 
 
 @triton.jit
@@ -95,6 +95,8 @@ def _query_step(
     ds_MN = _product(g0, load_part(v_rows, E0, 0, E).T, PRECISION)
     if E1 > 0:
         k1 = load_part(k_rows, E1, E0, E)
+        q1 = again(q_rows, q1, E1, E0, E, RELOAD)
+        g1 = again(g_rows, g1, E1, E0, E, RELOAD)
         s_MN = add_product(s_MN, q1, k1.T, PRECISION)
         ds_MN = add_product(ds_MN, g1, load_part(v_rows, E1, E0, E).T, PRECISION)
     s_MN = exponent(s_MN, scale, lse_M[:, None], q0.dtype == tl.float32)
@@ -204,6 +206,8 @@ def _key_step(
     if E1 > 0:
         q1 = load_part(q_rows, E1, E0, E)
         g1 = load_part(g_rows, E1, E0, E)
+        k1 = again(k_rows, k1, E1, E0, E, RELOAD)
+        v1 = again(v_rows, v1, E1, E0, E, RELOAD)
         p_NM = add_product(p_NM, k1, q1.T, PRECISION)
         ds_NM = add_product(ds_NM, v1, g1.T, PRECISION)
     lse_M = tl.load(lse_ptr + place_M)
@@ -328,13 +332,13 @@ def varlen_attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     with device_of(q):
         if q.numel():
-            made_by = meta(QUERIES, kind, head_dim, SHARE, unit, rounding)
+            made_by = meta(QUERIES, kind, head_dim, unit, rounding)
             items = items_for(lengths, kv_lengths, made_by["OWNED"], q.device)
             _grad_q_kernel[(items.shape[0] * heads,)](
                 q, k, v, grad, out, lse, d, grads[0], items, heads, *strides, scale, **made_by, **LAUNCH
             )
         if k.numel():
-            made_by = meta(KEYS, kind, head_dim, SHARE, unit, rounding)
+            made_by = meta(KEYS, kind, head_dim, unit, rounding)
             items = items_for(kv_lengths, lengths, made_by["OWNED"], q.device)
             _grad_kv_kernel[(items.shape[0] * heads,)](
                 q, k, v, grad, lse, d, grads[1], grads[2], items, heads, *strides, scale, **made_by, **LAUNCH
@@ -347,16 +351,8 @@ def variants() -> list[Variant]:
     return [_variant(tiles, *case) for tiles in (QUERIES, KEYS) for case in CASES]
 
 
-def _variant(
-    tiles: Tiles,
-    family: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    precision: str = "ieee",
-    share: int = SHARE,
-    tile: Tile | None = None,
-) -> Variant:
-    made_by = meta(tiles if tile is None else {family: {256: tile}}, family, head_dim, share, 8, precision)
+def _variant(tiles: Tiles, family: str, dtype: torch.dtype, head_dim: int) -> Variant:
+    made_by = meta(tiles, family, head_dim, 8, "ieee")
     of_queries = tiles is QUERIES
     names = ("out", "grad_q") if of_queries else ("grad_k", "grad_v")
     pointers = {f"{name}_ptr": f"*{TYPES[dtype]}" for name in ("q", "k", "v", "grad", *names)}

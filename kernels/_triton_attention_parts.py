@@ -26,6 +26,7 @@ from ._triton import capability, next_power_of_2
 from ._triton_sets import TYPES
 
 LEAST = 16  # depth of a product in Triton, and thus the narrowest part
+LEAST_BESIDE_128 = 64  # a narrower one makes the compiler spill some thousand bytes a thread in the backward pass
 STRIDES = [f"{tensor}_{of}" for tensor in ("q", "k", "v", "grad") for of in ("row", "head")]  # not specialised on
 KEPT = 64  # tables of items: forward and backward of a few steps with some kinds of sequences
 
@@ -134,7 +135,7 @@ def parts_of(head_dim: int) -> tuple[int, int]:
     """Widths of the parts that a head_dim is computed in; the second is 0 where one part is no wider than two."""
     whole = max(LEAST, next_power_of_2(head_dim))
     first = max(LEAST, whole // 2)
-    second = max(LEAST, next_power_of_2(head_dim - first))
+    second = max(LEAST if first < 128 else LEAST_BESIDE_128, next_power_of_2(head_dim - first))
     return (first, second) if first + second < whole else (whole, 0)
 
 
@@ -146,6 +147,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     reload: bool = False  # read what is owned again in each step, for want of registers
+    share: int = 0  # one exponential in so many (2, 4 or 8; 0: none) without the exp unit
 
 
 # Of products that read shared memory, those that read registers, and all of those of float32.
@@ -175,7 +177,7 @@ def describe(dtype: torch.dtype, head_dim: int, made_by: dict[str, Any]) -> str:
     return f"{TYPES[dtype]} head_dim {head_dim}{share}"
 
 
-def meta(tiles: Tiles, family: str, head_dim: int, share: int, unit: int, precision: str) -> dict[str, Any]:
+def meta(tiles: Tiles, family: str, head_dim: int, unit: int, precision: str) -> dict[str, Any]:
     """What a kernel is specialised on, but for its rows."""
     parts = parts_of(head_dim)
     widths = tiles[family]
@@ -186,7 +188,7 @@ def meta(tiles: Tiles, family: str, head_dim: int, share: int, unit: int, precis
         "E": head_dim,
         "E0": parts[0],
         "E1": parts[1],
-        "SHARE": share,
+        "SHARE": 0 if family == "float32" else tile.share,  # whose rounding is finer than the polynomial's error
         "RELOAD": tile.reload,
         "OWNED": tile.owned,
         "WALKED": tile.walked,
@@ -214,7 +216,7 @@ def with_unit_stride(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- items
 
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-_captured: list[Tensor] = []  # CUDA graphs hold their addresses
+_captured: set[Tensor] = set()  # CUDA graphs hold their addresses
 
 
 def list_items(lengths: Tensor, other_lengths: Tensor, rows: int) -> Tensor:
@@ -226,23 +228,33 @@ def list_items(lengths: Tensor, other_lengths: Tensor, rows: int) -> Tensor:
     order_S = torch.argsort(others_S, descending=True, stable=True)
     blocks_S = ((lengths_S + rows - 1) // rows)[order_S]
     sequence_I = torch.repeat_interleave(order_S, blocks_S)
-    block_I = torch.arange(sequence_I.shape[0]) - torch.repeat_interleave(blocks_S.cumsum(0) - blocks_S, blocks_S)
+    block_I = torch.arange(sequence_I.shape[0], device=sequence_I.device)
+    block_I -= torch.repeat_interleave(blocks_S.cumsum(0) - blocks_S, blocks_S)
     end_I, other_end_I = lengths_S.cumsum(0)[sequence_I], others_S.cumsum(0)[sequence_I]
     first_I = end_I - lengths_S[sequence_I] + block_I * rows
     return torch.stack((first_I, end_I, other_end_I - others_S[sequence_I], other_end_I), 1).int()
 
 
 def items_for(lengths: Tensor, other_lengths: Tensor, rows: int, device: torch.device) -> Tensor:
-    """`list_items` on the device, kept for the stream at hand."""
+    """`list_items` on the device, kept for the stream at hand.
+
+    Inside a CUDA graph nothing is copied: each replay would read host memory that is long gone. A graph takes the table that
+    was made before, on whatever stream, since its own is another than that of the runs which warm up.
+    """
     cuda = device.type == "cuda"
+    key: tuple[object, ...] = (tuple(lengths.tolist()), tuple(other_lengths.tolist()), rows, device)
+    if cuda and torch.cuda.is_current_stream_capturing():
+        kept = next((table for (*of, _), table in list(_tables.items()) if tuple(of) == key), None)
+        if kept is None:
+            raise RuntimeError("varlen_attention must run once with the same lengths before a CUDA graph captures it")
+        _captured.add(kept)
+        return kept
     stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
-    key = (tuple(lengths.tolist()), tuple(other_lengths.tolist()), rows, device, stream)
-    table = _tables.get(key)
+    place = (*key, stream)
+    table = _tables.get(place)
     if table is None:
         with torch.inference_mode(False):
-            table = _tables[key] = list_items(lengths, other_lengths, rows).to(device, non_blocking=True)
+            table = _tables[place] = list_items(lengths, other_lengths, rows).to(device, non_blocking=True)
         while len(_tables) > KEPT:
             _tables.popitem(last=False)
-    if cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(table)
     return table

@@ -28,6 +28,7 @@ from triton.runtime import driver
 from vjepa.kernels import (
     TokenIndices,
     _dispatch,
+    add_layer_norm,
     backend,
     gather_tokens,
     masked_l1_loss,
@@ -195,12 +196,23 @@ class Step:
         self.backward(scatter_tokens(rows, target, LENGTH), rows)
         self.backward(scatter_tokens(rows, target, LENGTH, fill=self.bias), rows, self.bias)
 
-        self.attend(WIDTH, context)
-        self.attend(NARROW, context)
+        for width in (WIDTH, NARROW):
+            self.attend(width, context)
+            self.normalise(width, context.total)
 
     def attend(self, width: int, sets: TokenIndices) -> None:
         qkv = parameter(sets.total, 3, HEADS, width // HEADS, dtype=torch.bfloat16)
         self.backward(varlen_attention(*qkv.unbind(1), sets.cu_seqlens, sets.lengths), qkv)
+
+    def normalise(self, width: int, total: int) -> None:
+        """The first norm of a network, one inside, and the last, whose sum is not used."""
+        residual, affine = parameter(total, width), (parameter(width), parameter(width))
+        branch = parameter(total, width, dtype=torch.bfloat16)
+        self.backward(add_layer_norm(residual, None, *affine, dtype=torch.bfloat16)[1], residual, *affine)
+        outputs = add_layer_norm(residual, branch, *affine, dtype=torch.bfloat16)
+        inputs = (residual, branch, *affine)
+        torch.autograd.grad(outputs, inputs, [torch.zeros_like(x) for x in outputs], retain_graph=True)
+        self.backward(outputs[1], *inputs)
 
     def backward(self, output: Tensor, *inputs: Tensor) -> None:
         torch.autograd.grad(output, inputs, torch.zeros_like(output))

@@ -186,6 +186,26 @@ def test_gradcheck(name):
         )
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_is_no_number_stays_in_its_sequence(device, name):
+    """Also where a block of rows ends beyond the end of a sequence."""
+    lengths, cu = (30, 12, 40, 5), offsets((30, 12, 40, 5), device)
+    leaves = [x.requires_grad_() for x in tensors(87, device=device)]
+    grad = torch.randn(87, 2, 8, device=device)
+    results = []
+    with backend(name):
+        for value in (1.0, float("nan")):
+            for x in (*leaves, grad):
+                x.detach()[30:42], x.detach()[82:] = value, value
+            out = varlen_attention(*leaves, cu, lengths)
+            results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    for clean, other in zip(*results, strict=True):
+        torch.testing.assert_close(clean[:30], other[:30])
+        torch.testing.assert_close(clean[42:82], other[42:82])
+        assert bool(other[30:42].isnan().all())
+        assert bool(other[82:].isnan().all())
+
+
 def test_sequences_do_not_see_each_other_or_padding():
     lengths = (30, 12, 5)
     q, k, v = tensors(47)

@@ -15,6 +15,7 @@ LENGTHS, OFFSETS = (2, 3), torch.tensor([0, 2, 5], dtype=torch.int32)
 ABSENT = ("flash_attn", "xformers")
 OPS = [
     "adamw_ema_",
+    "add_layer_norm",
     "ema_update_",
     "gather_tokens",
     "masked_l1_loss",

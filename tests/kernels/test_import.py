@@ -39,6 +39,7 @@ NAMES = [
     "AdamWEMA",
     "EMA",
     "TokenIndices",
+    "add_layer_norm",
     "apply_masks",
     "backend",
     "ema_update_",

@@ -26,7 +26,6 @@ def problem(script, monkeypatch, device):
     for module, names in ((problem.forward_module, ["TILES"]), (problem.backward_module, ["QUERIES", "KEYS"])):
         for name in names:
             monkeypatch.setattr(module, name, dict(getattr(module, name)))
-        monkeypatch.setattr(module, "SHARE", module.SHARE)
     return problem
 
 
@@ -58,10 +57,10 @@ def test_the_fastest_right_candidate_stays_in_use(script, problem, monkeypatch, 
 
 def test_nothing_is_tried_when_time_is_up_and_what_was_stays(script, problem):
     module, candidate = problem.forward_module, script.Candidate((16, 16, 4, 1), 8)
-    before = module.TILES[problem.family], module.SHARE
+    before = module.TILES[problem.family]
     (row,) = script.tune(problem, module, "TILES", [candidate], lambda run: 1.0, time.monotonic() - 1)
     assert row["out"] == "no time left"
-    assert (module.TILES[problem.family], module.SHARE) == before
+    assert module.TILES[problem.family] is before
 
 
 def test_candidates_hold_what_the_kernels_can_make(script):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vjepa.kernels import varlen_attention
+from vjepa.kernels import add_layer_norm, varlen_attention
 
 LAYER_NORM_EPS = 1e-6  # of every norm in encoder and predictor; the released weights were trained with it
 
@@ -55,8 +55,14 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), cu_seqlens, lengths)
-        return x + self.mlp(self.norm2(x))
+        _, normed = _add_norm(x, None, self.norm1)
+        x, normed = _add_norm(x, self.attn(normed, cu_seqlens, lengths), self.norm2)
+        return x + self.mlp(normed)
+
+
+def _add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm in the precision of the matrix products that take it."""
+    return add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
 
 
 def run_blocks(
