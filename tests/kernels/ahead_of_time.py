@@ -136,8 +136,9 @@ def judge(fact: Fact, usage: str, code: str, matrix: bool, wide: bool) -> None:
 
 
 def modules() -> list[str]:
-    """Names of the modules of kernels."""
-    return sorted(path.stem for path in (ROOT / "kernels").glob("_triton_*.py"))
+    """Names of the modules of kernels that are launched; others hold what these share."""
+    found = (path for path in (ROOT / "kernels").glob("_triton_*.py") if "def variants()" in path.read_text())
+    return sorted(path.stem for path in found)
 
 
 def variants(module: str) -> list[Any]:
