@@ -165,13 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lengths = lengths_of(what, options.packing, (SHORT, LONG), CLIPS)
     problem = Problem(lengths, HEADS[head_dim], head_dim, torch.bfloat16, device)
     clock, deadline, rows = DeviceClock(), time.monotonic() + options.seconds, []
-    width = problem.forward_module.meta(problem.forward_module.TILES, problem.family, head_dim, 1, "ieee")
+    made_by = problem.forward_module.meta(problem.forward_module.TILES, problem.family, head_dim, 1, "ieee")
     for module, name, tiles in (
         (problem.forward_module, "TILES", FORWARD),
         (problem.backward_module, "QUERIES", BACKWARD),
         (problem.backward_module, "KEYS", BACKWARD),
     ):
-        mark = committed(module, name, problem.family, width["E0"] + width["E1"])
+        mark = committed(module, name, problem.family, made_by["E0"] + made_by["E1"])
         every = [Candidate(tile, share) for tile in tiles for share in SHARES]
         tried = list(tune(problem, module, name, list(dict.fromkeys([mark, *every])), clock, deadline))
         print(report(tried, mark), flush=True)

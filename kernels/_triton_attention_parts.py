@@ -257,4 +257,5 @@ def items_for(lengths: Tensor, other_lengths: Tensor, rows: int, device: torch.d
             table = _tables[place] = list_items(lengths, other_lengths, rows).to(device, non_blocking=True)
         while len(_tables) > KEPT:
             _tables.popitem(last=False)
+    _tables.move_to_end(place)  # whole clips are asked for in every step, among masks that never come again
     return table

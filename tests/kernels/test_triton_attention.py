@@ -96,7 +96,11 @@ def test_items_are_kept_for_some_lengths(device, monkeypatch):
     first = items_for(lengths[0], lengths[0], 16, device)
     assert items_for(lengths[0].int(), lengths[0].clone(), 16, device) is first
     assert items_for(lengths[0], lengths[1], 16, device) is not first
+    assert items_for(lengths[0], lengths[0], 16, device) is first
     items_for(lengths[2], lengths[2], 16, device)
+    assert items_for(lengths[0], lengths[0], 16, device) is first  # used later than the one that went
+    for other in lengths[1:]:
+        items_for(other, other, 16, device)
     assert items_for(lengths[0], lengths[0], 16, device) is not first
     assert len(_triton_attention_parts._tables) == 2
 

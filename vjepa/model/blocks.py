@@ -3,7 +3,8 @@
     x <- x + proj(attention(qkv(norm1(x))))
     x <- x + fc2(gelu(fc1(norm2(x))))                x [N, D]: the tokens of all sequences, one after the other
 
-Under autocast the matrix products run in the low precision, while x and the norms stay in the weights' precision.
+Under autocast the matrix products run in the low precision, while x stays in the weights' precision; norms are computed
+in it too, and rounded once, to that of the product which takes them.
 """
 
 from collections.abc import Iterable, Sequence
