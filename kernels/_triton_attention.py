@@ -42,7 +42,7 @@ from ._triton_attention_parts import (
     unit_of,
     with_unit_stride,
 )
-from ._triton_patches import add_product, precision
+from ._triton_product import add_product, precision
 from ._triton_sets import TYPES
 
 __all__ = ["variants", "varlen_attention", "varlen_attention_backward"]

@@ -38,7 +38,7 @@ from ._triton_attention_parts import (
     unit_of,
     with_unit_stride,
 )
-from ._triton_patches import add_product, precision
+from ._triton_product import add_product, precision
 from ._triton_sets import TYPES
 
 # By the width of a head, all parts together, up to which they serve: for grad_q, and for grad_k and grad_v. What is staged

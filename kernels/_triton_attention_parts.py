@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import capability, next_power_of_2
+from ._triton_product import LEAST
 from ._triton_sets import TYPES
 
-LEAST = 16  # depth of a product in Triton, and thus the narrowest part
 LEAST_BESIDE_128 = 64  # a narrower one makes the compiler spill some thousand bytes a thread in the backward pass
 STRIDES = [f"{tensor}_{of}" for tensor in ("q", "k", "v", "grad") for of in ("row", "head")]  # not specialised on
 KEPT = 64  # tables of items: forward and backward of a few steps with some kinds of sequences
@@ -132,7 +132,7 @@ def store_part(rows_R1, value_RE, in_block_R, FROM: tl.constexpr, E: tl.constexp
 
 
 def parts_of(head_dim: int) -> tuple[int, int]:
-    """Widths of the parts that a head_dim is computed in; the second is 0 where one part is no wider than two."""
+    """Widths of the parts that a head_dim is computed in, depths of products; the second is 0 if it would save nothing."""
     whole = max(LEAST, next_power_of_2(head_dim))
     first = max(LEAST, whole // 2)
     second = max(LEAST if first < 128 else LEAST_BESIDE_128, next_power_of_2(head_dim - first))

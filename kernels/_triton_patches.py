@@ -17,13 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._triton import LAUNCH, Variant, ceil_div, interpreted
+from ._triton import LAUNCH, Variant, ceil_div
 from ._triton_sets import SETS_POINTERS, search_steps, set_of
 
 SIZES = ["num_tokens", "num_sets", "steps", "length", "rows", "columns"]  # the kernels are not specialised on them
 PLACES = 256  # tokens of a program that looks up places
-INTERPRETED: tl.constexpr = tl.constexpr("interpreted")  # instead of a precision
-LEAST = 16  # rows, columns and depth that a product in Triton needs
 
 
 @triton.jit
@@ -70,15 +68,6 @@ def normalisation(scale_ptr, shift_ptr, first, C: tl.constexpr, CHANNEL: tl.cons
         return tl.load(scale_ptr + channel_K)[None, :], tl.load(shift_ptr + channel_K)[None, :]
 
 
-@triton.jit
-def add_product(acc_MN, a_MK, b_KN, PRECISION: tl.constexpr):
-    """acc + a b, with float32 sums; the interpreter, which takes the bits of bfloat16 for integers, is given float32."""
-    if PRECISION == INTERPRETED:
-        return tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32), acc_MN)
-    else:
-        return tl.dot(a_MK, b_KN, acc_MN, input_precision=PRECISION)
-
-
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*SETS_POINTERS])
 def _places_kernel(
     indices_ptr,
@@ -115,14 +104,6 @@ def constants(
     if video.dtype != torch.uint8:
         return None, None
     return reference.scale_and_shift(weight.shape[1], mean, std, video.device, torch.float32)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of `dtype` are computed: those of float32 as PyTorch has been told to."""
-    if interpreted():
-        return INTERPRETED.value
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def geometry(weight: Tensor) -> dict[str, int]:

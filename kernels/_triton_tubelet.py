@@ -20,19 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import LAUNCH, Variant, ceil_div, device_of, next_power_of_2
-from ._triton_patches import (
-    LEAST,
-    SIZES,
-    add_product,
-    constants,
-    geometry,
-    grid_of,
-    line_of,
-    normalisation,
-    patch_of,
-    pixel_of,
-    precision,
-)
+from ._triton_patches import SIZES, constants, geometry, grid_of, line_of, normalisation, patch_of, pixel_of
+from ._triton_product import LEAST, add_product, precision
 from ._triton_sets import SETS_POINTERS, TYPES, packed, search_steps
 from ._triton_tubelet_backward import tubelet_embed_backward
 

@@ -21,17 +21,8 @@ from torch import Tensor
 
 from . import reference
 from ._triton import LAUNCH, Variant, ceil_div, device_of, next_power_of_2
-from ._triton_patches import (
-    LEAST,
-    add_product,
-    constants,
-    geometry,
-    normalisation,
-    pixel_of,
-    places,
-    precision,
-    unit_of,
-)
+from ._triton_patches import constants, geometry, normalisation, pixel_of, places, unit_of
+from ._triton_product import LEAST, add_product, precision
 from ._triton_sets import TYPES, packed, sum_named
 
 # Tokens, features and pixels of a tile, warps, stages. Four stages of 32 tokens of 128 gradients and 256 pixels are 96 KB

@@ -401,8 +401,8 @@ def test_a_cpu_takes_its_own_path_where_it_can():
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_products_of_float32_are_as_pytorch_has_been_told(monkeypatch):
-    monkeypatch.setattr("vjepa.kernels._triton_patches.interpreted", lambda: False)
-    precision = import_module("vjepa.kernels._triton_patches").precision
+    monkeypatch.setattr("vjepa.kernels._triton_product.interpreted", lambda: False)
+    precision = import_module("vjepa.kernels._triton_product").precision
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
