@@ -218,7 +218,7 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
 def ours(op: str, device: torch.device, call: Call) -> list[Contender]:
     """`call` under auto and under each backend that serves `op` at full speed (Triton's interpreter does not)."""
     rows = _dispatch.explain(op, device)
-    names = [name for name, says in rows.items() if says in ("can run", "runs if asked for")]
+    names = [name for name, says in rows.items() if says in _dispatch.RUNS]
     names = ["auto", *(name for name in names if not (name == "triton" and device.type == "cpu"))]
     return [Contender(f"vjepa ({name})", call, name, op) for name in names]
 

@@ -73,6 +73,7 @@ def machine(device: torch.device) -> dict[str, str | None]:
     return {
         "kind": device.type,
         "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if cuda else None,
         "driver": _output(*query) if cuda else None,
         "torch": torch.__version__,
         "triton": _triton_version(),

@@ -16,6 +16,7 @@ from .attention import varlen_attention
 from .ema import EMA, ema_update_
 from .gather import apply_masks, gather_tokens, scatter_tokens
 from .loss import masked_l1_loss
+from .mlp import mlp
 from .norm import add_layer_norm
 from .optimizer import AdamWEMA
 from .predictor import predictor_tokens
@@ -32,6 +33,7 @@ __all__ = [
     "ema_update_",
     "gather_tokens",
     "masked_l1_loss",
+    "mlp",
     "predictor_tokens",
     "scatter_tokens",
     "tubelet_embed",

@@ -11,7 +11,7 @@ import torch
 
 from . import _dispatch, _native
 
-PACKAGES = ("triton", "flash-attn", "xformers")
+PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
 
 
 def _version(package: str) -> str:
@@ -62,11 +62,15 @@ def report() -> str:
     lines += [f"  {device!s:<17} {_device_line(device)}" for device in devices]
     for device in devices:
         lines.append(f"backends on {device} ({_dispatch.VARIABLE}={_dispatch.requested()})")
+        obstacles: dict[str, list[str]] = {}
         for op in _dispatch.operators():
-            rows = ", ".join(f"{name}: {why}" for name, why in _dispatch.explain(op, device).items())
-            lines.append(f"  {op:<17} {_serving(op, device)}  ({rows})")
-    lines.append("backends that no operator has here")
-    lines += [f"  {name:<17} {reason}" for name, reason in _dispatch.absent().items()]
+            rows = _dispatch.explain(op, device)
+            runs = ", ".join(f"{name}: {says}" for name, says in rows.items() if says in _dispatch.RUNS)
+            lines.append(f"  {op:<17} {_serving(op, device)}  ({runs})")
+            for name, says in rows.items():
+                if says not in _dispatch.RUNS:
+                    obstacles.setdefault(f"{name}: {says}", []).append(op)
+        lines += [f"  not {why} ({', '.join(ops)})" for why, ops in obstacles.items()]
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ def lengths_tensor(lengths: Sequence[int] | Tensor) -> Tensor:
     """Host lengths as the int64 CPU tensor that the operators take."""
     if isinstance(lengths, Tensor):
         return lengths if lengths.dtype == torch.int64 else lengths.to(torch.int64)
-    return torch.tensor(lengths, dtype=torch.int64)
+    return torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
 
 
 def check_lengths(name: str, lengths: object) -> None:
@@ -104,3 +104,11 @@ def check_no_empty_set(name: str, lengths: Tensor) -> None:
         raise ValueError(f"{name} must have at least one set, got none")
     if min(values) < 1:
         raise ValueError(f"{name} must have no empty set, got 0 tokens in set {values.index(min(values))}")
+
+
+def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
+    """What autocast, where it is on, makes of an argument of a matrix product; float64 it leaves alone."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):  # the meta device has none
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

@@ -2,7 +2,8 @@
 
 An op file adds its rows with :func:`register`; an operator asks :func:`choose` each time it runs, so that a choice
 also holds inside code compiled earlier. ``VJEPA_KERNELS`` or :func:`backend` force a backend on every op that has it
-and leave the others on auto. ``auto`` takes the first automatic row that can run, in the order of ``PREFERENCE``.
+and leave the others on auto. ``auto`` takes the first row that can run: of those that were measured for such arguments,
+the fastest first (:func:`prefer`), then of the automatic ones in the order of ``PREFERENCE``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,21 @@ import torch
 
 LOG = logging.getLogger("vjepa.kernels")
 VARIABLE = "VJEPA_KERNELS"
-PREFERENCE = ("cuda", "triton", "cpu", "flash_attn", "xformers", "sdpa", "reference")
-# Names that have no row in this release: what is missing and what to use instead.
-ABSENT = {
-    "flash_attn": "this release has no FlashAttention backend; use sdpa, which calls the flash kernels of torch",
-    "xformers": "this release has no xformers backend; use sdpa, which calls the memory-efficient kernels of torch",
-}
+PREFERENCE = (
+    "cuda",
+    "triton",
+    "cpu",
+    "flash_attn_4",
+    "flash_attn_3",
+    "flash_attn_2",
+    "torch_varlen",
+    "xformers",
+    "sdpa",
+    "reference",
+)
+GROUPS = {"flash_attn": ("flash_attn_4", "flash_attn_3", "flash_attn_2")}  # a name for the newest that can run
+NAMES = (*PREFERENCE, *GROUPS)
+RUNS = ("can run", "runs if asked for")
 
 
 def _no_backward(*arguments: Any) -> None:
@@ -57,6 +67,7 @@ class Row:
 
 
 _TABLE: dict[str, dict[str, Row]] = {}  # rows of an op in the order of PREFERENCE
+_measured: dict[str, Callable[..., Sequence[str]]] = {}
 _forced: dict[object, str] = {}  # by block, innermost last; process-wide: autograd runs backward in threads of its own
 _logged: set[tuple[str, str, str]] = set()
 
@@ -65,6 +76,11 @@ def register(row: Row) -> None:
     """Add a row to the table."""
     rows = {**_TABLE.get(row.op, {}), row.name: row}
     _TABLE[row.op] = {name: rows[name] for name in PREFERENCE if name in rows}
+
+
+def prefer(op: str, order: Callable[..., Sequence[str]]) -> None:
+    """Let auto try the rows that `order(device, *arguments)` names, in that order, before the automatic ones."""
+    _measured[op] = order
 
 
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -118,29 +134,29 @@ def select(op: str, device: torch.device, *arguments: Any) -> Row:
     """
     rows = _TABLE[op]
     name = requested()
-    if name in rows:
-        obstacle = rows[name].obstacle(device, *arguments)
-        if obstacle is not None:
-            raise RuntimeError(f"the backend {name} cannot serve {op} on {device}: {obstacle}")
-        return rows[name]
-    _check_exists(name)
-    for row in rows.values():
-        if row.unasked(device) and row.obstacle(device, *arguments) is None:
+    asked = [rows[known] for known in GROUPS.get(name, (name,)) if known in rows]
+    if asked:
+        obstacles = [row.obstacle(device, *arguments) for row in asked]
+        if None in obstacles:
+            return asked[obstacles.index(None)]
+        reasons = {
+            why: [row.name for row, its in zip(asked, obstacles, strict=True) if its == why] for why in obstacles
+        }
+        why = "; ".join(f"{why} ({', '.join(names)})" for why, names in reasons.items())
+        raise RuntimeError(
+            f"the backend {name} cannot serve {op} on {device}: {why if name in GROUPS else obstacles[0]}"
+        )
+    order = _measured[op](device, *arguments) if arguments and op in _measured else ()
+    automatic = (row for row in rows.values() if row.unasked(device))
+    for row in (*(rows[known] for known in order), *automatic):
+        if row.obstacle(device, *arguments) is None:
             return row
     raise RuntimeError(f"no backend can serve {op} on {device}")
 
 
 def explain(op: str, device: torch.device) -> dict[str, str]:
     """Each backend that `op` has, in order of preference, and whether it can run on `device` or why not."""
-    return {
-        name: row.why_not(device) or ("can run" if row.unasked(device) else "runs if asked for")
-        for name, row in _TABLE[op].items()
-    }
-
-
-def absent() -> dict[str, str]:
-    """Each backend that no op has in this build, and why."""
-    return {name: reason for name, reason in ABSENT.items() if not _anywhere(name)}
+    return {name: row.why_not(device) or RUNS[not row.unasked(device)] for name, row in _TABLE[op].items()}
 
 
 def operators() -> list[str]:
@@ -153,16 +169,15 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend on every op that has it, inside a `with` block; the other ops stay on auto.
 
     Args:
-        name: auto, triton, cuda, cpu, reference, sdpa, flash_attn or xformers. The choice holds for the whole process,
-            also for backward passes run meanwhile. Use it around compiled functions, not inside.
+        name: auto, triton, cuda, cpu or reference; for attention also sdpa, torch_varlen, xformers, flash_attn_2,
+            flash_attn_3, flash_attn_4, or flash_attn for the newest of these that can run. The choice holds for the
+            whole process, also for backward passes run meanwhile. Use it around compiled functions, not inside.
 
     Raises:
-        ValueError: unknown name.
-        RuntimeError: no op has this backend in this build. An op raises it too, with the reason, when its own backend
-            of this name cannot run on the device of its tensors.
+        ValueError: unknown name. An op raises RuntimeError, with the reason, when its own backend of this name is not
+            installed or cannot take its tensors.
     """
     _check_name(name, "backend name")
-    _check_exists(name)
     block = object()  # blocks of several threads need not end in the order in which they began
     _forced[block] = name
     try:
@@ -172,14 +187,5 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _check_name(name: str, what: str) -> None:
-    if name != "auto" and name not in PREFERENCE:
-        raise ValueError(f"{what} must be one of auto, {', '.join(PREFERENCE)}, got {name!r}")
-
-
-def _anywhere(name: str) -> bool:
-    return any(name in rows for rows in _TABLE.values())
-
-
-def _check_exists(name: str) -> None:
-    if name != "auto" and not _anywhere(name):
-        raise RuntimeError(f"the backend {name} cannot run here: {ABSENT[name]}")
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{what} must be one of auto, {', '.join(NAMES)}, got {name!r}")

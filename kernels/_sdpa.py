@@ -103,6 +103,21 @@ def _flat(values: Tensor) -> Tensor:
     return values.transpose(1, 2).flatten(0, 1).contiguous()
 
 
+def _take_sums(sums: Tensor, side: Side, count: int) -> Tensor:
+    """[G, N] -> [count, G, size]."""
+    rows = (
+        sums[:, side.start : side.start + count * side.size]
+        if side.gather is None
+        else sums.index_select(1, side.gather)
+    )
+    return rows.unflatten(1, (count, side.size)).transpose(0, 1)
+
+
+def _flat_sums(sums: Tensor) -> Tensor:
+    """[count, G, size] -> [G, count*size], without a copy for one sequence."""
+    return sums.transpose(0, 1).flatten(1).contiguous()
+
+
 def _is_whole(calls: tuple[Call, ...], queries: int, keys: int) -> bool:
     """Whether a single call takes all queries and keys as they lie."""
     if len(calls) != 1:
@@ -120,6 +135,17 @@ def _put(out: Tensor, side: Side, values: Tensor) -> None:
         out.index_copy_(0, side.gather, flat)
     else:
         out.index_copy_(0, side.rows, flat.index_select(0, side.slots))
+
+
+def _put_sums(out: Tensor, side: Side, sums: Tensor) -> None:
+    """[count, G, size] into the packed columns of `out` [G, N]."""
+    flat = _flat_sums(sums)
+    if side.gather is None:
+        out[:, side.start : side.start + flat.shape[1]] = flat
+    elif side.slots is None or side.rows is None:
+        out.index_copy_(1, side.gather, flat)
+    else:
+        out.index_copy_(1, side.rows, flat.index_select(1, side.slots))
 
 
 def _key_mask(call: Call, like: Tensor) -> Tensor | None:
@@ -158,13 +184,13 @@ def varlen_attention(
     calls = _calls(q, lengths, kv_lengths)
     if _is_whole(calls, q.shape[0], k.shape[0]):
         out_c, lse_c = _attend(calls[0], q, k, v, scale)
-        return _flat(out_c), _flat(lse_c)
+        return _flat(out_c), _flat_sums(lse_c)
     out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulator(q.dtype))
     for call in calls:
         out_c, lse_c = _attend(call, q, k, v, scale)
         _put(out, call.q, out_c)
-        _put(lse, call.q, lse_c)
+        _put_sums(lse, call.q, lse_c)
     return out, lse
 
 
@@ -181,7 +207,7 @@ def _attend_backward(
         grad_c = grad_c * real.reshape(count, 1, call.q.size, 1)
     mask = _key_mask(call, q)
     if on_cpu(q):
-        out_c, lse_c = _take(out, call.q, count), _take(lse[..., None], call.q, count).squeeze(-1)
+        out_c, lse_c = _take(out, call.q, count), _take_sums(lse, call.q, count)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_c, q_c, k_c, v_c, out_c, lse_c, 0.0, False, attn_mask=mask, scale=scale
         )

@@ -39,6 +39,7 @@ from ._triton_attention_parts import (
     rows_at,
     store_part,
     strides_of,
+    sums_at,
     unit_of,
     with_unit_stride,
 )
@@ -55,6 +56,7 @@ TILES: Tiles = {
         32: Tile(64, 128, 4, 3),
         64: Tile(128, 64, 8, 3),
         128: Tile(128, 64, 8, 2),
+        192: Tile(64, 32, 8, 1, reload=True),
         256: Tile(64, 32, 8, 2, reload=True),
     },
     "float32": {32: Tile(64, 32, 4, 2, reload=True), 64: Tile(64, 32, 8, 2, reload=True)},
@@ -86,7 +88,7 @@ def _step(
     return acc0, acc1, new_M, l_M
 
 
-@triton.jit(do_not_specialize=["heads", *STRIDES[:6]])
+@triton.jit(do_not_specialize=["heads", "tokens", *STRIDES[:6]])
 def _attention_kernel(
     q_ptr,
     k_ptr,
@@ -95,6 +97,7 @@ def _attention_kernel(
     lse_ptr,
     items_ptr,
     heads,
+    tokens,
     q_row,
     q_head,
     k_row,
@@ -147,11 +150,11 @@ def _attention_kernel(
             PRECISION, E, E0, E1, SHARE, RELOAD, True,
         )  # fmt: skip
     in_block_M = row_M < q_end - q_first
-    place_M = (q_first + row_M).to(tl.int64) * heads + head
-    tl.store(lse_ptr + place_M, m_M + tl.log(l_M), mask=in_block_M)
-    store_part(out_ptr + (place_M * E)[:, None], acc0 / l_M[:, None], in_block_M, 0, E)
+    tl.store(sums_at(lse_ptr, q_first, head, tokens) + row_M, m_M + tl.log(l_M), mask=in_block_M)
+    out_rows = rows_at(out_ptr, q_first, head, heads, 1, row_M, E)
+    store_part(out_rows, acc0 / l_M[:, None], in_block_M, 0, E)
     if E1 > 0:
-        store_part(out_ptr + (place_M * E)[:, None], acc1 / l_M[:, None], in_block_M, E0, E)
+        store_part(out_rows, acc1 / l_M[:, None], in_block_M, E0, E)
 
 
 def varlen_attention(
@@ -164,10 +167,10 @@ def varlen_attention(
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out = softmax(scale q k^T) v inside each sequence, [N, G, E], and its log-sum-exp [N, G]."""
+    """out = softmax(scale q k^T) v inside each sequence, [N, G, E], and its log-sum-exp [G, N]."""
     tokens, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
@@ -182,6 +185,7 @@ def varlen_attention(
             lse,
             items,
             heads,
+            tokens,
             *(stride for tensor in (q, k, v) for stride in strides_of(tensor, made_by["UNIT"])),
             scale,
             **made_by,
@@ -209,7 +213,7 @@ def _variant(family: str, dtype: torch.dtype, head_dim: int, tile: Tile | None =
             **pointers,
             "lse_ptr": "*fp32",
             "items_ptr": "*i32",
-            **dict.fromkeys(("heads", *STRIDES[:6]), "i32"),
+            **dict.fromkeys(("heads", "tokens", *STRIDES[:6]), "i32"),
             "scale": "fp32",
         },
         num_warps=made_by.pop("num_warps"),

@@ -4,7 +4,7 @@
     grad_q_i = scale sum_j ds_ij k_j        grad_k_j = scale sum_i ds_ij q_i        grad_v_j = sum_i p_ij grad_i
 
 Letters as in `_triton_attention_parts.py`. Two kernels: a program of one owns queries of a head, walks over their keys, and
-leaves d [N, G] for the other, in which a program owns keys and walks over their queries. Each computes scores and
+leaves d [G, N] for the other, in which a program owns keys and walks over their queries. Each computes scores and
 exponentials anew: 14 E FLOP and two exponentials for each pair of query and key, where a single pass that adds up grad_q by
 atomics has 10 E and one, and an order that changes from run to run.
 """
@@ -35,6 +35,7 @@ from ._triton_attention_parts import (
     rows_at,
     store_part,
     strides_of,
+    sums_at,
     unit_of,
     with_unit_stride,
 )
@@ -63,14 +64,16 @@ KEYS: Tiles = {
         64: Tile(128, 64, 8, 3),
         80: Tile(128, 64, 8, 2),
         128: Tile(64, 64, 8, 2),
+        192: Tile(32, 32, 8, 2, reload=True),
         256: Tile(32, 32, 8, 1, reload=True),
     },
     "registers": {
         32: Tile(128, 64, 8, 3),
         64: Tile(128, 32, 8, 2),
         80: Tile(128, 32, 8, 2, reload=True),
-        96: Tile(64, 32, 8, 2, reload=True),
+        96: Tile(64, 16, 8, 2, reload=True),
         128: Tile(64, 64, 8, 2, reload=True),
+        192: Tile(32, 32, 8, 2, reload=True),
         256: Tile(32, 32, 8, 1, reload=True),
     },
     "float32": {32: Tile(64, 32, 8, 2, reload=True), 64: Tile(32, 32, 8, 1, reload=True)},
@@ -109,7 +112,7 @@ def _query_step(
     return acc0, acc1
 
 
-@triton.jit(do_not_specialize=["heads", *STRIDES])
+@triton.jit(do_not_specialize=["heads", "tokens", *STRIDES])
 def _grad_q_kernel(
     q_ptr,
     k_ptr,
@@ -121,6 +124,7 @@ def _grad_q_kernel(
     grad_q_ptr,
     items_ptr,
     heads,
+    tokens,
     q_row,
     q_head,
     k_row,
@@ -148,8 +152,7 @@ def _grad_q_kernel(
     near_M = tl.minimum(row_M, q_end - q_first - 1)
     q_rows = rows_at(q_ptr, q_first, head, q_row, q_head, near_M, UNIT)
     g_rows = rows_at(grad_ptr, q_first, head, grad_row, grad_head, near_M, UNIT)
-    place_M = (q_first + near_M).to(tl.int64) * heads + head
-    out_rows = out_ptr + (place_M * E)[:, None]
+    out_rows = rows_at(out_ptr, q_first, head, heads, 1, near_M, E)
     q0 = load_part(q_rows, E0, 0, E)
     g0 = load_part(g_rows, E0, 0, E)
     d_M = tl.sum(g0.to(tl.float32) * load_part(out_rows, E0, 0, E).to(tl.float32), axis=1)
@@ -163,8 +166,8 @@ def _grad_q_kernel(
         q1 = q0
         g1 = g0
         acc1 = tl.zeros([OWNED, 1], tl.float32)
-    tl.store(d_ptr + place_M, d_M, mask=in_block_M)
-    lse_M = tl.load(lse_ptr + place_M)
+    tl.store(sums_at(d_ptr, q_first, head, tokens) + row_M, d_M, mask=in_block_M)
+    lse_M = tl.load(sums_at(lse_ptr, q_first, head, tokens) + near_M)
     keys = k_end - k_first
     whole = keys // WALKED * WALKED
     k_rows = rows_at(k_ptr, k_first, head, k_row, k_head, row_N, UNIT)
@@ -185,7 +188,7 @@ def _grad_q_kernel(
             q_rows, g_rows, q0, q1, g0, g1, k_rows, v_rows, acc0, acc1, lse_M, d_M, scale, left,
             PRECISION, E, E0, E1, SHARE, RELOAD, True,
         )  # fmt: skip
-    grad_q_rows = grad_q_ptr + (place_M * E)[:, None]
+    grad_q_rows = rows_at(grad_q_ptr, q_first, head, heads, 1, row_M, E)
     store_part(grad_q_rows, acc0 * scale, in_block_M, 0, E)
     if E1 > 0:
         store_part(grad_q_rows, acc1 * scale, in_block_M, E0, E)
@@ -193,7 +196,7 @@ def _grad_q_kernel(
 
 @triton.jit
 def _key_step(
-    k_rows, v_rows, k0, k1, v0, v1, q_rows, g_rows, lse_ptr, d_ptr, place_M, gk0, gk1, gv0, gv1, scale, left,
+    k_rows, v_rows, k0, k1, v0, v1, q_rows, g_rows, lse_rows, d_rows, gk0, gk1, gv0, gv1, scale, left,
     PRECISION, E, E0, E1, SHARE, RELOAD, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to grad_k and grad_v what the queries of a step give; `left` queries are left where MASKED."""
@@ -210,11 +213,11 @@ def _key_step(
         v1 = again(v_rows, v1, E1, E0, E, RELOAD)
         p_NM = add_product(p_NM, k1, q1.T, PRECISION)
         ds_NM = add_product(ds_NM, v1, g1.T, PRECISION)
-    lse_M = tl.load(lse_ptr + place_M)
+    lse_M = tl.load(lse_rows)
     if MASKED:
         lse_M = tl.where(tl.arange(0, q_rows.shape[0]) < left, lse_M, float("inf"))
     p_NM = exp2(exponent(p_NM, scale, lse_M[None, :], q0.dtype == tl.float32), SHARE)
-    ds_NM = (p_NM * (ds_NM - tl.load(d_ptr + place_M)[None, :])).to(q0.dtype)
+    ds_NM = (p_NM * (ds_NM - tl.load(d_rows)[None, :])).to(q0.dtype)
     p_NM = p_NM.to(q0.dtype)
     gv0 = add_product(gv0, p_NM, g0, PRECISION)
     gk0 = add_product(gk0, ds_NM, q0, PRECISION)
@@ -224,7 +227,7 @@ def _key_step(
     return gk0, gk1, gv0, gv1
 
 
-@triton.jit(do_not_specialize=["heads", *STRIDES])
+@triton.jit(do_not_specialize=["heads", "tokens", *STRIDES])
 def _grad_kv_kernel(
     q_ptr,
     k_ptr,
@@ -236,6 +239,7 @@ def _grad_kv_kernel(
     grad_v_ptr,
     items_ptr,
     heads,
+    tokens,
     q_row,
     q_head,
     k_row,
@@ -280,32 +284,36 @@ def _grad_kv_kernel(
     whole = queries // WALKED * WALKED
     q_rows = rows_at(q_ptr, q_first, head, q_row, q_head, row_M, UNIT)
     g_rows = rows_at(grad_ptr, q_first, head, grad_row, grad_head, row_M, UNIT)
-    place_M = (q_first + row_M).to(tl.int64) * heads + head
+    lse_rows = sums_at(lse_ptr, q_first, head, tokens) + row_M
+    d_rows = sums_at(d_ptr, q_first, head, tokens) + row_M
     for _ in range(0, whole, WALKED):
         gk0, gk1, gv0, gv1 = _key_step(
-            k_rows, v_rows, k0, k1, v0, v1, q_rows, g_rows, lse_ptr, d_ptr, place_M, gk0, gk1, gv0, gv1, scale, WALKED,
+            k_rows, v_rows, k0, k1, v0, v1, q_rows, g_rows, lse_rows, d_rows, gk0, gk1, gv0, gv1, scale, WALKED,
             PRECISION, E, E0, E1, SHARE, RELOAD, False,
         )  # fmt: skip
         q_rows += q_row.to(tl.int64) * (WALKED * UNIT)
         g_rows += grad_row.to(tl.int64) * (WALKED * UNIT)
-        place_M += heads.to(tl.int64) * WALKED
+        lse_rows += WALKED
+        d_rows += WALKED
     if whole < queries:
         left = queries - whole
         row_M = tl.minimum(row_M, left - 1)
         q_rows = rows_at(q_ptr, q_first + whole, head, q_row, q_head, row_M, UNIT)
         g_rows = rows_at(grad_ptr, q_first + whole, head, grad_row, grad_head, row_M, UNIT)
-        place_M = (q_first + whole + row_M).to(tl.int64) * heads + head
+        lse_rows = sums_at(lse_ptr, q_first + whole, head, tokens) + row_M
+        d_rows = sums_at(d_ptr, q_first + whole, head, tokens) + row_M
         gk0, gk1, gv0, gv1 = _key_step(
-            k_rows, v_rows, k0, k1, v0, v1, q_rows, g_rows, lse_ptr, d_ptr, place_M, gk0, gk1, gv0, gv1, scale, left,
+            k_rows, v_rows, k0, k1, v0, v1, q_rows, g_rows, lse_rows, d_rows, gk0, gk1, gv0, gv1, scale, left,
             PRECISION, E, E0, E1, SHARE, RELOAD, True,
         )  # fmt: skip
     in_block_N = row_N < k_end - k_first
-    place_N = ((k_first + row_N).to(tl.int64) * heads + head) * E
-    store_part(grad_k_ptr + place_N[:, None], gk0 * scale, in_block_N, 0, E)
-    store_part(grad_v_ptr + place_N[:, None], gv0, in_block_N, 0, E)
+    grad_k_rows = rows_at(grad_k_ptr, k_first, head, heads, 1, row_N, E)
+    grad_v_rows = rows_at(grad_v_ptr, k_first, head, heads, 1, row_N, E)
+    store_part(grad_k_rows, gk0 * scale, in_block_N, 0, E)
+    store_part(grad_v_rows, gv0, in_block_N, 0, E)
     if E1 > 0:
-        store_part(grad_k_ptr + place_N[:, None], gk1 * scale, in_block_N, E0, E)
-        store_part(grad_v_ptr + place_N[:, None], gv1, in_block_N, E0, E)
+        store_part(grad_k_rows, gk1 * scale, in_block_N, E0, E)
+        store_part(grad_v_rows, gv1, in_block_N, E0, E)
 
 
 def varlen_attention_backward(
@@ -321,8 +329,8 @@ def varlen_attention_backward(
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from that of `out` [N, G, E] and the log-sum-exp [N, G] of the forward pass."""
-    heads, head_dim = q.shape[1:]
+    """Gradients of q, k, v from that of `out` [N, G, E] and the log-sum-exp [G, N] of the forward pass."""
+    tokens, heads, head_dim = q.shape
     grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v)]
     q, k, v, grad = (with_unit_stride(tensor) for tensor in (q, k, v, grad))
     unit = unit_of(q, k, v, grad)
@@ -335,13 +343,13 @@ def varlen_attention_backward(
             made_by = meta(QUERIES, kind, head_dim, unit, rounding)
             items = items_for(lengths, kv_lengths, made_by["OWNED"], q.device)
             _grad_q_kernel[(items.shape[0] * heads,)](
-                q, k, v, grad, out, lse, d, grads[0], items, heads, *strides, scale, **made_by, **LAUNCH
+                q, k, v, grad, out, lse, d, grads[0], items, heads, tokens, *strides, scale, **made_by, **LAUNCH
             )
         if k.numel():
             made_by = meta(KEYS, kind, head_dim, unit, rounding)
             items = items_for(kv_lengths, lengths, made_by["OWNED"], q.device)
             _grad_kv_kernel[(items.shape[0] * heads,)](
-                q, k, v, grad, lse, d, grads[1], grads[2], items, heads, *strides, scale, **made_by, **LAUNCH
+                q, k, v, grad, lse, d, grads[1], grads[2], items, heads, tokens, *strides, scale, **made_by, **LAUNCH
             )
     return grads[0], grads[1], grads[2]
 
@@ -360,7 +368,7 @@ def _variant(tiles: Tiles, family: str, dtype: torch.dtype, head_dim: int) -> Va
     return Variant(
         name=f"varlen_attention grad {'q' if of_queries else 'k and v'} {describe(dtype, head_dim, made_by)}",
         kernel=_grad_q_kernel if of_queries else _grad_kv_kernel,
-        types={**pointers, **sums, **dict.fromkeys(("heads", *STRIDES), "i32"), "scale": "fp32"},
+        types={**pointers, **sums, **dict.fromkeys(("heads", "tokens", *STRIDES), "i32"), "scale": "fp32"},
         num_warps=made_by.pop("num_warps"),
         num_stages=made_by.pop("num_stages"),
         constants=made_by,

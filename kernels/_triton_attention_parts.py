@@ -104,6 +104,12 @@ def rows_at(ptr, first, head, stride_row, stride_head, row_R, UNIT: tl.constexpr
 
 
 @triton.jit
+def sums_at(ptr, first, head, tokens):
+    """Pointer to the entry of row `first` of a head in sums [G, N]: those of a block lie side by side."""
+    return ptr + (head.to(tl.int64) * tokens + first)
+
+
+@triton.jit
 def load_part(rows_R1, PART: tl.constexpr, FROM: tl.constexpr, E: tl.constexpr):
     """Columns FROM .. FROM + PART - 1 of rows, zero beyond E."""
     column_E = (FROM + tl.arange(0, PART))[None, :]
@@ -166,7 +172,8 @@ def family(device: torch.device, dtype: torch.dtype) -> str:
 
 # Family, dtype and head_dim of what is compiled ahead of time: the heads that must be fast, the widest, and float32.
 CASES = [
-    *((name, torch.bfloat16, head_dim) for name in ("shared", "registers") for head_dim in (24, 32, 64, 80, 256)),
+    *((name, torch.bfloat16, head_dim) for name in ("shared", "registers") for head_dim in (24, 32, 64, 80, 192, 256)),
+    ("registers", torch.bfloat16, 88),
     ("float32", torch.float32, 64),
 ]
 

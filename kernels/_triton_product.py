@@ -21,6 +21,12 @@ def add_product(acc_MN, a_MK, b_KN, PRECISION: tl.constexpr):
         return tl.dot(a_MK, b_KN, acc_MN, input_precision=PRECISION)
 
 
+@triton.jit
+def halves(x_MN):
+    """The left and the right columns: each thread keeps what it has, and needs fewer registers for the rest of its work."""
+    return x_MN.reshape(x_MN.shape[0], 2, x_MN.shape[1] // 2).permute(0, 2, 1).split()
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products of `dtype` are computed: those of float32 as PyTorch has been told to."""
     if interpreted():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._triton import LAUNCH, Variant, ceil_div, device_of, next_power_of_2
 from ._triton_patches import SIZES, constants, geometry, grid_of, line_of, normalisation, patch_of, pixel_of
-from ._triton_product import LEAST, add_product, precision
+from ._triton_product import LEAST, add_product, halves, precision
 from ._triton_sets import SETS_POINTERS, TYPES, packed, search_steps
 from ._triton_tubelet_backward import tubelet_embed_backward
 
@@ -33,12 +33,6 @@ __all__ = ["tubelet_embed", "tubelet_embed_backward", "variants"]
 # tokens, Triton 3.6 makes TF32 products on sm_100, whatever precision it is told.
 WIDE, NARROW, TF32, IEEE = (128, 256, 32, 8, 4), (128, 128, 32, 8, 4), (128, 128, 32, 8, 3), (32, 128, 32, 4, 3)
 WASTE = 1.1  # of columns, up to which a wide tile is the faster one
-
-
-@triton.jit
-def _halves(x_MN):
-    """The left and the right columns."""
-    return x_MN.reshape(x_MN.shape[0], 2, x_MN.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -124,13 +118,13 @@ def _tubelet_kernel(
     if BN < 64:
         _finish(acc_MN, first_n, row_M, id_M, num_tokens, features, bias_ptr, pos_ptr, pos_stride, out_ptr)
     else:  # by quarters: a whole tile of positions would not fit the registers besides the sums
-        left_MN, right_MN = _halves(acc_MN)
-        acc_MN, next_MN = _halves(left_MN)
+        left_MN, right_MN = halves(acc_MN)
+        acc_MN, next_MN = halves(left_MN)
         _finish(acc_MN, first_n, row_M, id_M, num_tokens, features, bias_ptr, pos_ptr, pos_stride, out_ptr)
         first_n += BN // 4
         _finish(next_MN, first_n, row_M, id_M, num_tokens, features, bias_ptr, pos_ptr, pos_stride, out_ptr)
         first_n += BN // 4
-        acc_MN, next_MN = _halves(right_MN)
+        acc_MN, next_MN = halves(right_MN)
         _finish(acc_MN, first_n, row_M, id_M, num_tokens, features, bias_ptr, pos_ptr, pos_stride, out_ptr)
         first_n += BN // 4
         _finish(next_MN, first_n, row_M, id_M, num_tokens, features, bias_ptr, pos_ptr, pos_stride, out_ptr)

@@ -14,16 +14,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _sdpa, reference
+from . import _flash, _sdpa, _xformers, reference
+from ._attention_order import order
 from ._checks import FLOATS, check_device, check_lengths, check_sets, check_tensor, describe, lengths_tensor
-from ._dispatch import Row, choose, define, register
+from ._dispatch import Row, choose, define, prefer, register
 from ._triton import row as triton_row
 
 TRITON_FLOAT32 = 64  # widest head in float32 whose operands fit the registers of a thread block
 MAX_HEAD_DIM = 256  # what fits the registers and shared memory of one thread block, in every kernel of the field
 
 
-def _triton_unfit(q: Tensor, scale: float) -> str | None:
+def _triton_unfit(q: Tensor, scale: float, *lengths: Tensor) -> str | None:
     if q.dtype == torch.float64:
         return "its kernels do not compute in float64"
     if q.dtype == torch.float32 and q.device.type == "cuda" and q.shape[2] > TRITON_FLOAT32:
@@ -36,8 +37,11 @@ register(
         "varlen_attention", "_triton_attention", "varlen_attention", "varlen_attention_backward", unfit=_triton_unfit
     )
 )
+for _row in (*_flash.rows(), _xformers.ROW):
+    register(_row)
 register(Row("varlen_attention", "sdpa", _sdpa.varlen_attention, _sdpa.varlen_attention_backward))
 register(Row("varlen_attention", "reference", reference.varlen_attention, reference.varlen_attention_backward))
+prefer("varlen_attention", order)
 
 
 def _forward(
@@ -57,7 +61,7 @@ def _forward(
     for number, (n, m) in enumerate(zip(lengths.tolist(), kv_lengths.tolist(), strict=True)):
         if n > 0 and m == 0:
             raise ValueError(f"kv_lengths must be positive where there are queries, got 0 in sequence {number}")
-    row = choose("varlen_attention", q.device, q, scale)
+    row = choose("varlen_attention", q.device, q, scale, lengths, kv_lengths)
     return row.forward(q, k, v, cu_seqlens, lengths, scale, kv_cu_seqlens, kv_lengths)
 
 
@@ -71,7 +75,7 @@ def _fake(
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=reference.accumulator(q.dtype))
 
 
 def _backward(
@@ -87,7 +91,7 @@ def _backward(
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = choose("varlen_attention", q.device, q, scale)
+    row = choose("varlen_attention", q.device, q, scale, lengths, kv_lengths)
     return row.backward(grad, q, k, v, out, lse, cu_seqlens, lengths, scale, kv_cu_seqlens, kv_lengths)
 
 

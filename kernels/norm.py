@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _reference_norm as reference
-from ._checks import FLOATS, check_device, check_tensor, describe
+from ._checks import FLOATS, check_device, check_tensor, describe, dtype_under_autocast
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .reference import accumulator
@@ -130,15 +130,6 @@ define(
 torch.library.register_autograd("vjepa::add_layer_norm", _autograd, setup_context=_setup)
 
 
-def _default_dtype(residual: Tensor) -> torch.dtype:
-    kind = residual.device.type
-    if residual.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):  # the meta device has none
-        return residual.dtype
-    if not torch.is_autocast_enabled(kind):
-        return residual.dtype
-    return torch.get_autocast_dtype(kind)
-
-
 def add_layer_norm(
     residual: Tensor,
     branch: Tensor | None,
@@ -191,6 +182,6 @@ def add_layer_norm(
         given = dtype if isinstance(dtype, torch.dtype) else describe(dtype)
         raise TypeError(f"dtype must be one of {names} or None, got {given}")
     added, normed, _ = torch.ops.vjepa.add_layer_norm(
-        residual, branch, weight, bias, float(eps), _default_dtype(residual) if dtype is None else dtype
+        residual, branch, weight, bias, float(eps), dtype_under_autocast(residual) if dtype is None else dtype
     )
     return residual if branch is None else added, normed

@@ -256,13 +256,13 @@ def varlen_attention(
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out = softmax(scale q k^T) v inside each sequence, [N, G, E], and its log-sum-exp [N, G]."""
+    """out = softmax(scale q k^T) v inside each sequence, [N, G, E], and its log-sum-exp [G, N]."""
     wide = accumulator(q.dtype)
     out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:2], dtype=wide)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
     for (q0, q1), (k0, k1) in zip(spans(lengths.tolist()), spans(kv_lengths.tolist()), strict=True):
         scores = torch.einsum("qge,kge->gqk", q[q0:q1].to(wide), k[k0:k1].to(wide)) * scale
-        lse[q0:q1] = torch.logsumexp(scores, -1).T
+        lse[:, q0:q1] = torch.logsumexp(scores, -1)
         out[q0:q1] = torch.einsum("gqk,kge->qge", torch.softmax(scores, -1), v[k0:k1].to(wide)).to(out.dtype)
     return out, lse
 

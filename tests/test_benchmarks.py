@@ -282,3 +282,32 @@ def test_the_readme_of_this_project_has_the_markers(modules):
 )
 def test_durations(modules, seconds, words):
     assert modules.report.duration(seconds) == words
+
+
+def measured(names_and_seconds, **more):
+    rows = [{"backend": name, "median": seconds} for name, seconds in names_and_seconds.items()]
+    work = {"name": "predictor, forward + backward", "dtype": "bfloat16", "shapes": {"qkv": [90, 3, 16, 24]}}
+    work["shapes"]["lengths"] = [40, 50]
+    return {**work, "results": rows, **more}
+
+
+def test_the_table_of_attention_is_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    choose = importlib.import_module("benchmarks.choose_attention")
+    assert choose.table(choose.RESULTS) == choose.TABLE.read_text()
+
+    works = [
+        measured({"auto": 1.0, "sdpa": 1.0, "triton": 0.5, "reference": 9.0, None: 0.1}),
+        measured({"sdpa": 0.1, "triton": 0.5}, name="predictor, forward"),
+        measured({"sdpa": 0.1}, shapes={"qkv": [90, 3, 16, 64], "lengths": [45, 45]}),
+        measured({}, dtype="float32"),
+    ]
+    for slug, about in (("h200", {"kind": "cuda", "capability": "9.0"}), ("cpu", {"kind": "cpu"})):
+        (tmp_path / f"attention-{slug}.json").write_text(json.dumps({"machine": about, "works": works}))
+    namespace: dict = {}
+    exec(choose.table(tmp_path), namespace)
+    entries = [
+        ("bfloat16", 24, 45, False, ("triton", "sdpa", "reference")),
+        ("bfloat16", 64, 45, True, ("sdpa",)),
+    ]
+    assert namespace["MEASURED"] == {"cpu": entries, "sm_90": entries}

@@ -32,6 +32,7 @@ from vjepa.kernels import (
     backend,
     gather_tokens,
     masked_l1_loss,
+    mlp,
     predictor_tokens,
     scatter_tokens,
     tubelet_embed,
@@ -199,6 +200,7 @@ class Step:
         for width in (WIDTH, NARROW):
             self.attend(width, context)
             self.normalise(width, context.total)
+            self.transform(width, context.total)
 
     def attend(self, width: int, sets: TokenIndices) -> None:
         qkv = parameter(sets.total, 3, HEADS, width // HEADS, dtype=torch.bfloat16)
@@ -213,6 +215,13 @@ class Step:
         inputs = (residual, branch, *affine)
         torch.autograd.grad(outputs, inputs, [torch.zeros_like(x) for x in outputs], retain_graph=True)
         self.backward(outputs[1], *inputs)
+
+    def transform(self, width: int, total: int) -> None:
+        kinds = (total, width), (4 * width, width), (4 * width,), (width, 4 * width), (width,)
+        inputs = [parameter(*shape, dtype=torch.bfloat16) for shape in kinds]
+        with torch.no_grad():
+            mlp(*inputs)
+        self.backward(mlp(*inputs), *inputs)
 
     def backward(self, output: Tensor, *inputs: Tensor) -> None:
         torch.autograd.grad(output, inputs, torch.zeros_like(output))

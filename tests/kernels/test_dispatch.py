@@ -12,13 +12,13 @@ from vjepa.kernels import _dispatch, _native, backend, ema_update_, varlen_atten
 
 CPU = torch.device("cpu")
 LENGTHS, OFFSETS = (2, 3), torch.tensor([0, 2, 5], dtype=torch.int32)
-ABSENT = ("flash_attn", "xformers")
 OPS = [
     "adamw_ema_",
     "add_layer_norm",
     "ema_update_",
     "gather_tokens",
     "masked_l1_loss",
+    "mlp",
     "predictor_tokens",
     "scatter_tokens",
     "tubelet_embed",
@@ -85,15 +85,43 @@ def test_environment_variable(monkeypatch):
         attend()
 
 
-@pytest.mark.parametrize("name", ABSENT)
-def test_absent_backends_raise_with_the_reason_and_a_remedy(monkeypatch, name):
-    sentence = f"the backend {name} cannot run here: this release has no .*; use"
-    with pytest.raises(RuntimeError, match=sentence), backend(name):
-        pytest.fail("entered")
-    monkeypatch.setenv(_dispatch.VARIABLE, name)
-    with pytest.raises(RuntimeError, match=f"the backend {name} cannot run here"):
+@pytest.mark.parametrize("name", ["flash_attn_4", "flash_attn_2", "torch_varlen", "xformers"])
+def test_backends_of_other_devices_raise_with_the_reason(monkeypatch, name):
+    sentence = f"the backend {name} cannot serve varlen_attention on cpu: it serves CUDA devices, not cpu"
+    with backend(name), pytest.raises(RuntimeError, match=sentence):
         attend()
-    assert name in _dispatch.absent()
+    monkeypatch.setenv(_dispatch.VARIABLE, name)
+    with pytest.raises(RuntimeError, match=sentence):
+        attend()
+
+
+def test_a_group_is_its_first_backend_that_can_run(monkeypatch):
+    table: dict[str, dict[str, _dispatch.Row]] = {}
+    monkeypatch.setattr(_dispatch, "_TABLE", table)
+    reasons = {"flash_attn_4": "too new", "flash_attn_3": None, "flash_attn_2": None}
+    for name in reasons:
+        _dispatch.register(_dispatch.Row("op", name, lambda: None, why_not=lambda device, name=name: reasons[name]))
+    with backend("flash_attn"):
+        assert selected("op") == "flash_attn_3"
+        reasons |= {"flash_attn_3": "not installed", "flash_attn_2": "not installed"}
+        sentence = r"cannot serve op on cpu: too new \(flash_attn_4\); not installed \(flash_attn_3, flash_attn_2\)"
+        with pytest.raises(RuntimeError, match=sentence):
+            selected("op")
+
+
+def test_what_was_measured_comes_before_the_order_of_preference(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_TABLE", {})
+    monkeypatch.setattr(_dispatch, "_measured", {})
+    for name in ("cpu", "sdpa", "reference"):
+        _dispatch.register(_dispatch.Row("op", name, lambda: None, automatic=name != "sdpa"))
+    _dispatch.prefer("op", lambda device, size: ("sdpa", "cpu") if size > 9 else ())
+    assert _dispatch.select("op", CPU, 10).name == "sdpa"
+    assert [_dispatch.select("op", CPU, 9).name, selected("op")] == ["cpu", "cpu"]
+    with backend("reference"):
+        assert _dispatch.select("op", CPU, 10).name == "reference"
+    full = dataclasses.replace(_dispatch._TABLE["op"]["sdpa"], unfit=lambda size: "too long" if size > 99 else None)
+    _dispatch.register(full)
+    assert _dispatch.select("op", CPU, 100).name == "cpu"
 
 
 def test_rows_in_order_of_preference_whatever_the_order_of_registration(monkeypatch):

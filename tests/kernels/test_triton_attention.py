@@ -266,20 +266,38 @@ def test_results_far_away(far, device):
     q, k, v, grad = (torch.randn(2, 1, 8).half().to(device) for _ in range(4))
     near, *grads = run("triton", (q, k, v), grad, (2,), (2,))
     items = torch.tensor([[0, 2, 0, 2]], dtype=torch.int32, device=device)
-    sizes, lse = (FAR, *(8, 8) * 3, 8**-0.5), torch.zeros(FAR + 1, device=device)
-    made_by = _triton_attention.meta(_triton_attention.TILES, "shared", 8, 1, _triton_attention.precision(q.dtype))
-    out = far("out")
-    _triton_attention._attention_kernel[1,](q, k, v, out, lse, items, *sizes, **made_by)
-    assert torch.equal(out.as_strided((2, 1, 8), (2**31, 8, 1)), near)
-
-    module, d, sizes = _triton_attention_backward, torch.zeros(FAR + 1, device=device), (FAR, *(8, 8) * 4, 8**-0.5)
-    results = [far(name) for name in ("q", "k", "v")]
-    made_by = module.meta(module.QUERIES, "shared", 8, 1, module.precision(q.dtype))
-    module._grad_q_kernel[1,](q, k, v, grad, out, lse, d, results[0], items, *sizes, **made_by)
-    made_by = module.meta(module.KEYS, "shared", 8, 1, module.precision(q.dtype))
-    module._grad_kv_kernel[1,](q, k, v, grad, lse, d, *results[1:], items, *sizes, **made_by)
-    for found, expected in zip(results, grads, strict=True):
+    sizes, lse, d = (FAR, 2, *(8, 8) * 3, 8**-0.5), *torch.zeros(2, 1, 2, device=device)
+    out, *results = (far(name) for name in ("out", "q", "k", "v"))
+    launch((q, k, v, grad), out, lse, d, results, items, sizes, 1)
+    for found, expected in zip((out, *results), (near, *grads), strict=True):
         assert torch.equal(found.as_strided((2, 1, 8), (2**31, 8, 1)), expected)
+
+
+def test_sums_far_away(far, device):
+    """A lie about the number of tokens puts the sums of the third head 2^32 elements behind those of the first."""
+    q, k, v, grad = (torch.randn(2, 3, 8).half().to(device) for _ in range(4))
+    near, *grads = run("triton", (q, k, v), grad, (2,), (2,))
+    items = torch.tensor([[0, 2, 0, 2]], dtype=torch.int32, device=device)
+    lse, d = (far(name, torch.float32).as_strided((3, 2), (2**31 - 8, 1)) for name in ("lse", "d"))
+    out, *results = (torch.zeros_like(q) for _ in range(4))
+    launch((q, k, v, grad), out, lse, d, results, items, (3, 2**31 - 8, *(24, 8) * 3, 8**-0.5), 3)
+    for found, expected in zip((out, *results), (near, *grads), strict=True):
+        assert torch.equal(found, expected)
+    assert lse.count_nonzero() == 6
+
+
+def launch(inputs, out, lse, d, results, items, sizes, programs):
+    """Forward and backward with sizes (heads, tokens, strides of q, k and v, scale) that need not be true."""
+    q, k, v, grad = inputs
+    *forward, scale = sizes
+    sizes_backward = (*forward, *forward[-2:], scale)
+    module, rounding = _triton_attention_backward, _triton_attention.precision(q.dtype)
+    made_by = _triton_attention.meta(_triton_attention.TILES, "shared", 8, 1, rounding)
+    _triton_attention._attention_kernel[programs,](q, k, v, out, lse, items, *sizes, **made_by)
+    made_by = module.meta(module.QUERIES, "shared", 8, 1, rounding)
+    module._grad_q_kernel[programs,](q, k, v, grad, out, lse, d, results[0], items, *sizes_backward, **made_by)
+    made_by = module.meta(module.KEYS, "shared", 8, 1, rounding)
+    module._grad_kv_kernel[programs,](q, k, v, grad, lse, d, *results[1:], items, *sizes_backward, **made_by)
 
 
 def test_results_of_the_forward_pass_may_be_strided(device):

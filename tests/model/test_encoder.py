@@ -105,13 +105,18 @@ def test_bfloat16_autocast_keeps_residual_and_norms_in_float32(model, video):
     sets = TokenIndices.from_sets([torch.arange(20), torch.arange(5, 48)])
     expected = model.encoder(video, sets)
     dtypes = []
-    watched = (*model.encoder.blocks, model.encoder.blocks[0].mlp.fc1)
-    hooks = [part.register_forward_hook(lambda _m, _args, out: dtypes.append(out.dtype)) for part in watched]
+    watched = (*model.encoder.blocks, model.encoder.blocks[0].mlp)
+
+    def note(_module, _arguments, output):
+        dtypes.extend(x.dtype for x in (output if isinstance(output, tuple) else (output,)))
+
+    hooks = [part.register_forward_hook(note) for part in watched]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model.encoder(video, sets)
     for hook in hooks:
         hook.remove()
-    assert sorted(map(str, dtypes)) == ["torch.bfloat16", "torch.float32", "torch.float32"]
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert dtypes == [bf16, fp32, bf16, fp32, bf16]  # the MLP, and of each block the residual and the branch
     assert got.dtype == torch.float32
     assert 0 < (got - expected).abs().max() < 0.1 * expected.abs().max()
 

@@ -19,23 +19,28 @@ from vjepa.train.guard import save_bundle
 
 HALVES = """
 import json, sys
+from pathlib import Path
 import torch
 from vjepa import VJEPA, VJEPAConfig
 from vjepa.train import TrainConfig, Trainer
 from vjepa.train.distributed import distributed_world
 from vjepa.train.guard import load_batch
 
+def run(world, model, train, batch, out):
+    torch.manual_seed(0)
+    trainer = Trainer(VJEPA(VJEPAConfig(**model)), TrainConfig(**train))
+    video, masks = load_batch(batch)
+    for _ in range(3):
+        numbers = trainer.step(video.tensor_split(2)[world.rank], masks.split(2)[world.rank])
+    trainer.save(out)
+    return numbers
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, train, batch, out = json.loads(sys.argv[1])
     with distributed_world() as world:
-        torch.manual_seed(0)
-        trainer = Trainer(VJEPA(VJEPAConfig(**model)), TrainConfig(**train))
-        video, masks = load_batch(batch)
-        for _ in range(3):
-            numbers = trainer.step(video.tensor_split(2)[world.rank], masks.split(2)[world.rank])
-        trainer.save(out)
-        print(json.dumps(numbers))
+        numbers = run(world, *json.loads(sys.argv[1]))
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print(json.dumps([numbers, [name for name in threads if "gloo" in name]]))
 """
 
 
@@ -67,7 +72,8 @@ def test_two_halves_in_two_parts_train_as_the_whole_batch(model, train_config, b
         )
         for rank in range(2)
     ]
-    first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
+    (first, threads), (second, _) = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
+    assert not threads, "the group's threads outlive it, and may kill a process that ends"
     for _ in range(3):
         numbers = whole.step(video, masks)
     assert first == second

@@ -10,11 +10,10 @@ in it too, and rounded once, to that of the product which takes them.
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vjepa.kernels import add_layer_norm, varlen_attention
+from vjepa.kernels import add_layer_norm, mlp, varlen_attention
 
 LAYER_NORM_EPS = 1e-6  # of every norm in encoder and predictor; the released weights were trained with it
 
@@ -34,7 +33,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with an exact GELU between them: [N, D] -> [N, D]."""
+    """Two linear maps with an exact GELU between them: [N, D] -> [N, D]. The GELU is not kept for the backward pass."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -42,11 +41,15 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the normalised input and added to it: [N, D] -> [N, D]."""
+    """Attention, then MLP, each on the normalised sum and added to it: x, branch [N, D] -> x, branch [N, D].
+
+    The tokens before the block are x + branch (`branch` None: x), and so after it: the last addition is left to the norm
+    that follows, which does both in one pass over memory.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -55,15 +58,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
-        _, normed = _add_norm(x, None, self.norm1)
-        x, normed = _add_norm(x, self.attn(normed, cu_seqlens, lengths), self.norm2)
-        return x + self.mlp(normed)
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = add_norm(x, branch, self.norm1)
+        x, normed = add_norm(x, self.attn(normed, cu_seqlens, lengths), self.norm2)
+        return x, self.mlp(normed)
 
 
-def _add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """The sum, and its norm in the precision of the matrix products that take it."""
-    return add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
+def add_norm(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm, by default in the precision of the matrix products that take it."""
+    return add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
 
 
 def run_blocks(
@@ -72,12 +79,18 @@ def run_blocks(
     cu_seqlens: Tensor,
     lengths: Sequence[int] | Tensor,
     checkpointing: bool,
-) -> Tensor:
-    """`blocks` one after the other; with `checkpointing` only their inputs are kept for the backward pass."""
+) -> tuple[Tensor, Tensor | None]:
+    """`blocks` one after the other, to x and branch; with `checkpointing` only sums are kept for the backward pass."""
+    branch = None
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
             # no block draws random numbers, so there is no generator state to keep
-            x = checkpoint(block, x, cu_seqlens, lengths, use_reentrant=False, preserve_rng_state=False)
+            x = checkpoint(_summed, block, x, cu_seqlens, lengths, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = block(x, cu_seqlens, lengths)
-    return x
+            x, branch = block(x, branch, cu_seqlens, lengths)
+    return x, branch
+
+
+def _summed(block: nn.Module, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
+    x, branch = block(x, None, cu_seqlens, lengths)
+    return x + branch

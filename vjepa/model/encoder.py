@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vjepa.config import VJEPAConfig
 from vjepa.kernels import TokenIndices, tubelet_embed
-from vjepa.model.blocks import LAYER_NORM_EPS, Block, run_blocks
+from vjepa.model.blocks import LAYER_NORM_EPS, Block, add_norm, run_blocks
 from vjepa.model.position_table import PositionTable
 
 
@@ -81,7 +81,8 @@ class Encoder(nn.Module):
         return self._transform(tokens.flatten(0, 1), cu_seqlens, (length,) * batch).view(batch, length, width)
 
     def _transform(self, tokens: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
-        return self.norm(run_blocks(self.blocks, tokens, cu_seqlens, lengths, self.activation_checkpointing))
+        x, branch = run_blocks(self.blocks, tokens, cu_seqlens, lengths, self.activation_checkpointing)
+        return add_norm(x, branch, self.norm, x.dtype)[1]
 
     def _whole_clip_offsets(self, batch: int, length: int, device: torch.device) -> Tensor:
         """cu_seqlens of `batch` sequences of `length` tokens, made once per shape and device."""

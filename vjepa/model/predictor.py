@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vjepa.config import VJEPAConfig
 from vjepa.kernels import TokenIndices, predictor_tokens
-from vjepa.model.blocks import LAYER_NORM_EPS, Block, run_blocks
+from vjepa.model.blocks import LAYER_NORM_EPS, Block, add_norm, run_blocks
 from vjepa.model.position_table import PositionTable
 
 MLP_RATIO = 4.0  # whatever the encoder's, as in the released predictors
@@ -53,9 +53,11 @@ class Predictor(nn.Module):
         embedded = self.predictor_embed(context)
         pos_embed = self.positions(grid or self.config.grid)
         tokens, sets = predictor_tokens(embedded, self.mask_tokens, pos_embed, context_idx, target_idx, kind)
-        x = run_blocks(self.predictor_blocks, tokens, sets.cu_seqlens, sets.lengths, self.activation_checkpointing)
-        predicted = x.index_select(0, target_rows(context_idx, target_idx))
-        return self.predictor_proj(self.predictor_norm(predicted))
+        checkpointing = self.activation_checkpointing
+        x, branch = run_blocks(self.predictor_blocks, tokens, sets.cu_seqlens, sets.lengths, checkpointing)
+        rows = target_rows(context_idx, target_idx)
+        x, branch = x.index_select(0, rows), None if branch is None else branch.index_select(0, rows)
+        return self.predictor_proj(add_norm(x, branch, self.predictor_norm)[1])
 
 
 def target_rows(context_idx: TokenIndices, target_idx: TokenIndices) -> Tensor:

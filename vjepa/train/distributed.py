@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +49,15 @@ def distributed_world() -> Iterator[World]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # The group's threads end with its last reference. One that frees a tensor while the interpreter ends kills the process,
+    # so nobody may keep the group: neither default arguments of this module, if it is imported while there is a group, nor
+    # a trainer that only the garbage collector frees.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield current_world()
     finally:
+        gc.collect()
         dist.destroy_process_group()
 
 

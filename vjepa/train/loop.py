@@ -83,14 +83,13 @@ def pretrain(config: PretrainConfig) -> RunResult:
             reproduces them.
         ValueError: Settings that do not fit together, naming them.
     """
-    with (
-        distributed_world() as world,
-        _deterministic(config.run.deterministic),
-        StopSignals() as stop,
-        ExitStack() as stack,
-    ):
-        run = _Run(config, world, stop, stack)
-        return run.train()
+    with distributed_world() as world:
+        return _pretrain(config, world)
+
+
+def _pretrain(config: PretrainConfig, world: World) -> RunResult:
+    with _deterministic(config.run.deterministic), StopSignals() as stop, ExitStack() as stack:
+        return _Run(config, world, stop, stack).train()
 
 
 @contextmanager
