@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from vjepa.kernels import (
     TokenIndices,
+    add_layer_norm,
     gather_tokens,
     masked_l1_loss,
+    mlp,
     predictor_tokens,
     scatter_tokens,
     tubelet_embed,
@@ -38,6 +40,7 @@ def cases(device: torch.device, backward: bool) -> dict:
     features, flat = x.detach(), weight.detach().flatten(1).requires_grad_(backward)
     zeros = torch.zeros(CLIPS * LENGTH, WIDTH, device=device)
     heads = torch.randn(5, 2, WIDTH // 2, device=device, requires_grad=backward)
+    square, ones = torch.randn(WIDTH, WIDTH, device=device), torch.ones(WIDTH, device=device)
     return {
         "tubelet_embed": (
             lambda: tubelet_embed(video, weight, indices=sets), weight, "linear", lambda: F.linear(patches, flat), flat
@@ -73,13 +76,30 @@ def cases(device: torch.device, backward: bool) -> dict:
             lambda: F.scaled_dot_product_attention(*(heads.transpose(0, 1)[None],) * 3),
             heads,
         ),
+        "add_layer_norm": (
+            lambda: add_layer_norm(values, tokens[:1].expand(5, WIDTH), ones, ones)[1],
+            values,
+            "add + layer_norm",
+            lambda: F.layer_norm(values + tokens[:1], (WIDTH,), ones, ones),
+            values,
+        ),
+        "mlp": (
+            lambda: mlp(values, square, ones, square, ones),
+            values,
+            "linear + gelu + linear",
+            lambda: F.linear(F.gelu(F.linear(values, square, ones)), square, ones),
+            values,
+        ),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 @pytest.mark.parametrize(
     "op",
-    ["tubelet_embed", "gather_tokens", "scatter_tokens", "predictor_tokens", "masked_l1_loss", "varlen_attention"],
+    [
+        *("tubelet_embed", "gather_tokens", "scatter_tokens", "predictor_tokens", "masked_l1_loss", "varlen_attention"),
+        *("add_layer_norm", "mlp"),
+    ],
 )
 def bench_overhead(compare, device, op, direction):
     backward = direction != "forward"

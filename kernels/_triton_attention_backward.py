@@ -57,7 +57,7 @@ QUERIES: Tiles = {
         128: Tile(128, 32, 8, 2, reload=True),
         256: Tile(32, 32, 8, 1, reload=True),
     },
-    "float32": {32: Tile(32, 16, 4, 1, reload=True), 64: Tile(16, 16, 4, 1, reload=True)},
+    "float32": {32: Tile(32, 16, 4, 1, reload=True), 64: Tile(16, 16, 4, 2, reload=True)},
 }
 KEYS: Tiles = {
     "shared": {
