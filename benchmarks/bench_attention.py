@@ -89,7 +89,7 @@ def peers(lengths: Sequence[int], offsets: Tensor, dtype: torch.dtype) -> dict[s
         from torch.nn.attention.varlen import varlen_attn
 
         found["torch varlen_attn"] = lambda q, k, v: varlen_attn(q, k, v, offsets, offsets, longest, longest)
-    if find_spec("flash_attn"):
+    if find_spec("flash_attn_2_cuda"):
         from flash_attn import flash_attn_varlen_func
 
         found["flash_attn 2"] = lambda q, k, v: flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest)

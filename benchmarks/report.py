@@ -24,7 +24,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-ORDER = ("tubelet", "gather", "predictor_tokens", "loss", "attention", "norm", "mlp", "ema", "optimizer", "overhead")
+ORDER = (
+    "tubelet",
+    "gather",
+    "predictor_tokens",
+    "loss",
+    "attention",
+    "norm",
+    "mlp",
+    "block",
+    "ema",
+    "optimizer",
+    "overhead",
+)
 
 Work = dict[str, Any]  # one entry of "works" in a file, see Outcome in harness.py
 Result = dict[str, Any]

@@ -4,4 +4,5 @@ Fastest first, forward and backward together. Entries: dtype, head_dim, mean tok
 length, order.
 """
 
-MEASURED: dict[str, list[tuple[str, int, int, bool, tuple[str, ...]]]] = {}
+MEASURED: dict[str, list[tuple[str, int, int, bool, tuple[str, ...]]]] = {
+}

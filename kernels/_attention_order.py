@@ -1,7 +1,7 @@
 """Which backends of varlen_attention were fastest, on a device like this one and for heads and lengths like these.
 
 The measurements are those of `_attention_measured.py`. Nearest is what differs by the smallest factors in head_dim and in
-mean length. Sequences of one length have measurements of their own, as they can share a call without padding; where there
+mean length of the queries' sequences. Those of one length have measurements of their own, as they can share a call without padding; where there
 are none, those of unlike lengths tell, never the other way round.
 """
 
@@ -19,16 +19,22 @@ from ._triton import capability
 
 def order(device: torch.device, q: Tensor, scale: float, lengths: Tensor, kv_lengths: Tensor) -> tuple[str, ...]:
     """Names of backends, fastest first; none where nothing like it was measured."""
-    kind = "cpu" if device.type == "cpu" else "sm_{}{}".format(*capability(device)) if device.type == "cuda" else ""
+    kind = _kind(device)
     if kind not in MEASURED or q.shape[0] == 0:
         return ()
     alike = len(set(lengths.tolist())) == 1 and len(set(kv_lengths.tolist())) == 1
-    size = round(log2(q.shape[0] / lengths.shape[0]))
-    return nearest(kind, str(q.dtype).removeprefix("torch."), q.shape[2], size, alike)
+    dtype = "bfloat16" if q.dtype == torch.float16 else str(q.dtype).removeprefix("torch.")  # as fast
+    return nearest(kind, dtype, q.shape[2], round(log2(q.shape[0] / lengths.shape[0]), 2), alike)
+
+
+def _kind(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type if device.type == "cpu" else ""
+    return "sm_{}{}".format(*capability(device))
 
 
 @lru_cache(maxsize=64)
-def nearest(kind: str, dtype: str, head_dim: int, size: int, alike: bool) -> tuple[str, ...]:
+def nearest(kind: str, dtype: str, head_dim: int, size: float, alike: bool) -> tuple[str, ...]:
     """The order of the nearest measurement; `size`: log2 of the mean tokens of a sequence."""
     found = [entry for entry in MEASURED.get(kind, ()) if entry[0] == dtype]
     found = [entry for entry in found if entry[3] and alike] or [entry for entry in found if not entry[3]]

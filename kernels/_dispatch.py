@@ -171,7 +171,8 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: auto, triton, cuda, cpu or reference; for attention also sdpa, torch_varlen, xformers, flash_attn_2,
             flash_attn_3, flash_attn_4, or flash_attn for the newest of these that can run. The choice holds for the
-            whole process, also for backward passes run meanwhile. Use it around compiled functions, not inside.
+            whole process, also for backward passes run meanwhile. Use it around compiled functions, not inside, and
+            around forward and backward pass alike: sdpa leaves nothing that another's backward pass could use.
 
     Raises:
         ValueError: unknown name. An op raises RuntimeError, with the reason, when its own backend of this name is not

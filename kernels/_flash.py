@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Row
-from ._triton import capability
+from ._triton import capability, device_of
 
 ALIGNED = 16  # bytes: the kernels read rows in pieces of so many
 PIECE = ALIGNED // 2  # so many 16-bit floats
@@ -95,11 +95,24 @@ def _by_name(sides: Sides, scale: float) -> dict[str, Any]:
     return dict(zip(names, (*sides, scale), strict=True))
 
 
-def _names(function: Any) -> set[str]:
-    """Names of a function's arguments; flash_attn registers some of its functions as operators of PyTorch."""
+def _names(function: Any) -> dict[str, bool]:
+    """A function's arguments, and whether each must be given; flash_attn makes some functions operators of PyTorch."""
     if isinstance(function, torch.library.CustomOpDef):
-        return {argument.name for argument in function._opoverload._schema.arguments}
-    return set(inspect.signature(function).parameters)
+        arguments = function._opoverload._schema.arguments
+        return {argument.name: not argument.has_default_value() for argument in arguments}
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.default is inspect.Parameter.empty for name, parameter in parameters.items()}
+
+
+def _mismatch(module: Any, function: str, given: set[str]) -> str | None:
+    """Why `function` of a module cannot be called with arguments of these names, or None."""
+    if not hasattr(module, function):
+        return f"has no {function}"
+    names = _names(getattr(module, function))
+    if unknown := given - set(names):
+        return f"has a {function} that does not take {', '.join(sorted(unknown))}"
+    required = {name for name, must in names.items() if must}
+    return f"has a {function} that wants {', '.join(sorted(required - given))} too" if required - given else None
 
 
 @functools.cache
@@ -110,8 +123,13 @@ def library(name: str) -> Library | str:
         module = import_module(package.module)
     except ModuleNotFoundError as error:
         return f"{package.name} is not installed ({error})"
-    except ImportError as error:  # built for another PyTorch
-        return f"{package.name} does not import: {error}"
+    except (
+        ImportError,
+        AttributeError,
+        OSError,
+        RuntimeError,
+    ) as error:  # built for another PyTorch, or with other parts
+        return f"{package.name} does not import: {type(error).__name__}: {error}"
 
     def forward(q: Tensor, k: Tensor, v: Tensor, sides: Sides, scale: float) -> tuple[Tensor, Tensor]:
         function = getattr(module, package.forward)
@@ -134,10 +152,8 @@ def library(name: str) -> Library | str:
         | {"out", "dout", package.lse, "dq", "dk", "dv", "deterministic", *package.backward_only},
     }
     for function, names in needed.items():
-        if not hasattr(module, function):
-            return f"this version of {package.name} has no {function}"
-        if missing := names - _names(getattr(module, function)):
-            return f"{function} of this version of {package.name} does not take {', '.join(sorted(missing))}"
+        if why := _mismatch(module, function, names):
+            return f"this version of {package.name} {why}"
     return Library(forward, backward)
 
 
@@ -159,9 +175,10 @@ TORCH = Library(_torch_forward, _torch_backward)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """The tensor itself where its rows are contiguous and begin at multiples of 16 bytes, else a copy."""
-    piece = ALIGNED // x.element_size()
-    there = x.stride(-1) == 1 and not any(stride % piece for stride in x.stride()[:-1]) and x.data_ptr() % ALIGNED == 0
+    """The tensor itself where its rows are contiguous, begin at multiples of 16 bytes and are not the same, else a copy."""
+    piece, strides = ALIGNED // x.element_size(), x.stride()[:-1]
+    apart = 0 not in strides and not any(stride % piece for stride in strides)
+    there = apart and x.stride(-1) == 1 and x.data_ptr() % ALIGNED == 0
     return x if there else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -187,7 +204,8 @@ def forward(
     if q.numel() == 0:
         return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     sides = (cu_seqlens, kv_cu_seqlens, int(lengths.max()), int(kv_lengths.max()))
-    out, lse = _functions(name).forward(aligned(q), aligned(k), aligned(v), sides, scale)
+    with device_of(q):  # of which some ask for the current one's architecture and stream
+        out, lse = _functions(name).forward(aligned(q), aligned(k), aligned(v), sides, scale)
     return out.contiguous(), lse.contiguous()
 
 
@@ -210,7 +228,8 @@ def backward(
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     sides = (cu_seqlens, kv_cu_seqlens, int(lengths.max()), int(kv_lengths.max()))
     grad, q, k, v, out = (aligned(x) for x in (grad, q, k, v, out))
-    grad_q, grad_k, grad_v = _functions(name).backward(grad, q, k, v, out, lse.contiguous(), sides, scale)
+    with device_of(q):
+        grad_q, grad_k, grad_v = _functions(name).backward(grad, q, k, v, out, lse.contiguous(), sides, scale)
     return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
 
 
@@ -223,18 +242,31 @@ def unfit(q: Tensor, scale: float, *lengths: object) -> str | None:
     return None if scale > 0 else f"its kernels need a positive scale, got {scale}"
 
 
+def _unfit_torch(q: Tensor, scale: float, *lengths: object) -> str | None:
+    major, minor = capability(q.device)
+    if q.shape[2] > 192 and (major == 12 or (major == 8 and minor > 0)):
+        return f"its backward pass computes heads of up to 192 on compute capability {major}.{minor}, got {q.shape[2]}"
+    return unfit(q, scale)
+
+
 def _unfit_4(q: Tensor, scale: float, *lengths: object) -> str | None:
-    widest = 256 if capability(q.device)[0] == 9 else 128
-    return unfit(q, scale) or (
-        f"its kernels compute heads of up to {widest} here, got {q.shape[2]}" if q.shape[2] > widest else None
-    )
+    major = capability(q.device)[0]
+    widest = 256 if major == 9 else 128
+    if q.shape[2] > widest:
+        return f"its kernels compute heads of up to {widest} here, got {q.shape[2]}"
+    if major == 12 and torch.are_deterministic_algorithms_enabled():
+        return "its backward pass is not deterministic on compute capability 12"
+    return unfit(q, scale)
+
+
+UNFIT = {"torch_varlen": _unfit_torch, "flash_attn_4": _unfit_4}
 
 
 def why_not(name: str, device: torch.device) -> str | None:
     """Why a backend cannot serve tensors on `device`, or None."""
     if device.type != "cuda":
         return f"it serves CUDA devices, not {device.type}"
-    if name == "torch_varlen" and torch.version.hip is not None:
+    if torch.version.hip is not None:
         return "it serves NVIDIA GPUs"
     if name == "torch_varlen" and not torch.backends.cuda.is_flash_attention_available():
         return "this PyTorch was built without flash attention"
@@ -255,6 +287,6 @@ def rows() -> Iterator[Row]:
             functools.partial(forward, name),
             functools.partial(backward, name),
             functools.partial(why_not, name),
-            _unfit_4 if name == "flash_attn_4" else unfit,
+            UNFIT.get(name, unfit),
             automatic=name == "torch_varlen",
         )

@@ -2,7 +2,7 @@
 
 It dispatches to flash attention for 16-bit floats and to kernels of its own for float32. The first keep the log-sum-exp
 as [1, G, N], the others as [S, G, longest]; it chooses its backward kernels by that form, so that it is given the one
-which belongs to the dtype.
+which belongs to the dtype. It refuses the backward pass where PyTorch is told to be deterministic.
 
 S sequences, N queries, G heads, E head_dim; the library wants a leading dimension of 1 before N.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ._dispatch import Row
 from ._flash import aligned
+from ._triton import capability
 
 MODULE = "xformers.ops.fmha"
 FORWARD, BACKWARD = "memory_efficient_attention_forward_requires_grad", "memory_efficient_attention_backward"
@@ -29,12 +31,12 @@ MASKS = 16  # masks kept: all layers of a network, forward and backward, ask wit
 @functools.cache
 def _library() -> Any:
     """Its module, or why that cannot be used."""
+    if not find_spec("xformers"):
+        return "xformers is not installed"
     try:
         module = import_module(MODULE)
-    except ModuleNotFoundError as error:
-        return f"xformers is not installed ({error})"
-    except ImportError as error:  # built for another PyTorch
-        return f"xformers does not import: {error}"
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # built for another PyTorch
+        return f"xformers does not import: {type(error).__name__}: {error}"
     missing = [name for name in (FORWARD, BACKWARD, "BlockDiagonalMask") if not hasattr(module, name)]
     return f"this version of xformers has no {missing[0]}" if missing else module
 
@@ -110,6 +112,10 @@ def unfit(q: Tensor, scale: float, *lengths: object) -> str | None:
     """Why its kernels do not take such heads, or None."""
     if q.dtype == torch.float64:
         return "its kernels do not compute in float64"
+    major, minor = capability(q.device)
+    if (major, minor) > (9, 0) if q.dtype == torch.float32 else major < 8:
+        kind = str(q.dtype).removeprefix("torch.")
+        return f"its kernels of {kind} are not for compute capability {major}.{minor}"
     if q.shape[2] % PIECE:
         return f"its kernels need a head_dim that is a multiple of {PIECE}, got {q.shape[2]}"
     return None if scale > 0 else f"its kernels need a positive scale, got {scale}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _flash, _sdpa, _xformers, reference
 from ._attention_order import order
 from ._checks import FLOATS, check_device, check_lengths, check_sets, check_tensor, describe, lengths_tensor
-from ._dispatch import Row, choose, define, prefer, register
+from ._dispatch import Row, choose, define, prefer, register, requested
 from ._triton import row as triton_row
 
 TRITON_FLOAT32 = 64  # widest head in float32 whose operands fit the registers of a thread block
@@ -90,9 +90,13 @@ def _backward(
     scale: float,
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
+    asked: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = choose("varlen_attention", q.device, q, scale, lengths, kv_lengths)
-    return row.backward(grad, q, k, v, out, lse, cu_seqlens, lengths, scale, kv_cu_seqlens, kv_lengths)
+    """asked: the backend that was asked for in the forward pass, whatever is asked for now."""
+    arguments = (grad, q, k, v, out, lse, cu_seqlens, lengths, scale, kv_cu_seqlens, kv_lengths)
+    if asked == "sdpa" and not _sdpa.on_cpu(q):  # it left no log-sum-exp, which every other backend would read
+        return _sdpa.varlen_attention_backward(*arguments)
+    return choose("varlen_attention", q.device, q, scale, lengths, kv_lengths).backward(*arguments)
 
 
 def _backward_fake(
@@ -107,6 +111,7 @@ def _backward_fake(
     scale: float,
     kv_cu_seqlens: Tensor,
     kv_lengths: Tensor,
+    asked: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -114,6 +119,7 @@ def _backward_fake(
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, cu_seqlens, lengths, ctx.scale, kv_cu_seqlens, kv_lengths = inputs
     out, lse = output
+    ctx.asked = requested()
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, lengths, kv_cu_seqlens, kv_lengths)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -124,7 +130,7 @@ def _autograd(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
         return (None,) * 8
     q, k, v, out, lse, cu_seqlens, lengths, kv_cu_seqlens, kv_lengths = ctx.saved_tensors
     grads = torch.ops.vjepa.varlen_attention_backward(
-        grad, q, k, v, out, lse, cu_seqlens, lengths, ctx.scale, kv_cu_seqlens, kv_lengths
+        grad, q, k, v, out, lse, cu_seqlens, lengths, ctx.scale, kv_cu_seqlens, kv_lengths, ctx.asked
     )
     return *grads, None, None, None, None, None
 
@@ -139,7 +145,7 @@ define(
 define(
     "varlen_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor lengths, "
-    "float scale, Tensor kv_cu_seqlens, Tensor kv_lengths) -> (Tensor, Tensor, Tensor)",
+    "float scale, Tensor kv_cu_seqlens, Tensor kv_lengths, str asked='auto') -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -203,5 +209,8 @@ def varlen_attention(
         check_lengths("kv_lengths", kv_lengths)
     host = lengths_tensor(lengths)
     kv_host = host if kv_lengths is lengths else lengths_tensor(kv_lengths)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    return torch.ops.vjepa.varlen_attention(q, k, v, cu_seqlens, host, scale, kv_cu_seqlens, kv_host)[0]
+    if scale is None:
+        scale = q.shape[2] ** -0.5
+    elif not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number, got {describe(scale)}")
+    return torch.ops.vjepa.varlen_attention(q, k, v, cu_seqlens, host, float(scale), kv_cu_seqlens, kv_host)[0]

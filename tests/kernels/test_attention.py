@@ -274,6 +274,21 @@ def test_the_path_of_other_devices_agrees(monkeypatch):
         torch.testing.assert_close(ours, same)
 
 
+def test_the_backward_pass_of_sdpa_off_the_cpu_stays_its_own(monkeypatch, device):
+    """It leaves no log-sum-exp there: whatever is asked for later, nobody else may take its place."""
+    lengths = (4, 7, 0, 7)
+    leaves = [x.requires_grad_() for x in tensors(18, device=device)]
+    monkeypatch.setattr(_sdpa, "on_cpu", lambda tensor: False)
+    results = []
+    for later in ("sdpa", "triton" if find_spec("triton") else "sdpa"):
+        with backend("sdpa"):
+            out = varlen_attention(*leaves, offsets(lengths, device), lengths)
+        with backend(later):
+            results.append(torch.autograd.grad(out.square().sum(), leaves))
+    assert all(torch.isfinite(grad).all() for grad in results[1])
+    assert all(map(torch.equal, *results))
+
+
 def test_forward_and_backward_may_use_different_backends():
     lengths = LENGTHS["ragged"]
     leaves = [x.double().requires_grad_() for x in tensors(sum(lengths))]
@@ -314,6 +329,7 @@ Q, CU = torch.zeros(3, 2, 4), offsets((1, 2))
         ((Q, Q, Q, CU.long(), (1, 2)), {}, TypeError, "cu_seqlens must be one of int32"),
         ((Q, Q, Q, CU, 3), {}, TypeError, "lengths must be a tuple of ints or a 1-D int tensor on the CPU"),
         ((Q, Q, Q, CU, (1.5, 2.5)), {}, TypeError, r"lengths must be ints, got float 1\.5 in entry 0"),
+        ((Q, Q, Q, CU, (1, 2)), {"scale": "1"}, TypeError, "scale must be a number, got str"),
         ((Q, Q, Q, CU, (1, 1)), {}, ValueError, "lengths must sum to the 3 tokens given, got a sum of 2"),
         ((Q, Q, Q, CU, (2, 1)), {}, ValueError, "cu_seqlens must be the running sum of lengths"),
         ((Q, Q, Q, CU, (3,)), {}, ValueError, "cu_seqlens must have 2 entries"),

@@ -16,7 +16,7 @@ import torch
 from vjepa.kernels import _dispatch, _flash, _xformers, attention, backend, reference, varlen_attention
 
 FLASH = ("flash_attn_4", "flash_attn_3", "flash_attn_2")
-LENGTHS, KV_LENGTHS = (7, 1, 0, 12), (5, 9, 3, 12)
+LENGTHS, KV_LENGTHS = (7, 1, 0, 12), (5, 9, 3, 14)
 BF16 = torch.bfloat16
 
 
@@ -42,7 +42,9 @@ def check_rows(*tensors):
 def flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
     check_rows(q, k, v)
     own, others = lengths_in(cu_seqlens_q, max_seqlen_q), lengths_in(cu_seqlens_k, max_seqlen_k)
-    return reference.varlen_attention(q, k, v, cu_seqlens_q, own, softmax_scale, cu_seqlens_k, others)
+    out, lse = reference.varlen_attention(q, k, v, cu_seqlens_q, own, softmax_scale, cu_seqlens_k, others)
+    # laid out as nobody promises not to
+    return out.transpose(0, 1).contiguous().transpose(0, 1), torch.cat((lse, lse), 1)[:, : lse.shape[1]]
 
 
 def flash_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
@@ -160,7 +162,7 @@ def stand_in_xformers(calls):
             for row, own in zip(padded, lse.split(list(attn_bias.own), 1), strict=True):
                 row[:, : own.shape[1]] = own
             return out[None], padded
-        return out[None], lse[None]
+        return out[None], torch.cat((lse, lse), 1)[None]  # longer than need be
 
     def memory_efficient_attention_backward(
         grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
@@ -206,7 +208,8 @@ def library(request, monkeypatch, device, calls):
             pytest.skip(why)
     else:
         operators = install(name, monkeypatch, calls)
-        monkeypatch.setattr(_flash, "capability", lambda device: (9, 0))
+        for module in (_flash, _xformers):
+            monkeypatch.setattr(module, "capability", lambda device: (9, 0))
         open_row = _dispatch.Row("varlen_attention", name, row.forward, row.backward, unfit=row.unfit)
         monkeypatch.setitem(_dispatch._TABLE["varlen_attention"], name, open_row)
     with backend(name):
@@ -228,6 +231,7 @@ def install(name, monkeypatch, calls):
         operators.impl("_flash_attention_backward", torch_backward(calls), "CPU")
         return operators  # gone once nobody holds it
     if name == "xformers":
+        monkeypatch.setattr(_xformers, "find_spec", lambda name: True)
         monkeypatch.setattr(_xformers, "import_module", lambda module: stand_in_xformers(calls))
         return None
     path = _flash.PACKAGES[name].module
@@ -295,7 +299,7 @@ def test_packed_qkv(check_accuracy, device, library, calls, head_dim):
 def test_keys_of_other_lengths(check_accuracy, device, library):
     """Also keys that no query asks for, whose gradients are zero."""
     q = torch.randn(20, 2, 16, device=device).to(BF16)
-    k, v = torch.randn(2, 29, 2, 16, device=device).to(BF16)
+    k, v = torch.randn(2, 31, 2, 16, device=device).to(BF16)
     check(check_accuracy, q, k, v, torch.randn_like(q), LENGTHS, KV_LENGTHS)
 
 
@@ -304,6 +308,8 @@ def test_rows_that_begin_anywhere(check_accuracy, device, library):
     memory = torch.randn(4, 20 * 2 * 17 + 1, device=device).to(BF16)
     q, k, v, grad = (row[1:].view(20, 2, 17)[..., :16] for row in memory)
     check(check_accuracy, q, k, v, grad, LENGTHS)
+    check(check_accuracy, *(row[1:641].view(20, 2, 16) for row in memory), LENGTHS)
+    check(check_accuracy, *(x[:, :1].expand(20, 2, 16) for x in (q, k, v, grad)), LENGTHS)
     check(check_accuracy, *(x.mT.contiguous().mT for x in (q, k, v, grad)), LENGTHS)
     check(check_accuracy, *(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, grad)), LENGTHS)
 
@@ -338,6 +344,7 @@ def test_float32(check_accuracy, device, library):
     q, k, v, grad = (torch.randn(20, 2, 16, device=device) for _ in range(4))
     if library == "xformers":
         check(check_accuracy, q, k, v, grad, LENGTHS)
+        check(check_accuracy, q, k, v, grad, (20,))
     else:
         sentence = f"the backend {library} cannot serve .*: its kernels take bfloat16 and float16, not float32"
         with pytest.raises(RuntimeError, match=sentence):
@@ -390,10 +397,27 @@ def test_why_a_library_cannot_be_used(monkeypatch):
         q, k, v, out, dout, lse, softmax_scale, cu_seqlens_q, cu_seqlens_k, deterministic, dq, dk, dv
     ): ...
 
-    lacks = "_flash_attn_bwd of this version of flash-attn-4 does not take max_seqlen_k, max_seqlen_q"
+    def older(module):
+        return module_of(module, (_flash_attn_forward, _flash_attn_fwd))
+
+    def _flash_attn_forward(
+        q, k, v, k_new, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+    ): ...
+
+    def confused(module):
+        raise AttributeError("module 'cutlass' has no attribute 'cute'")
+
+    lacks = "this version of flash-attn-4 has a _flash_attn_bwd that does not take max_seqlen_k, max_seqlen_q"
+    wants = "this version of flash-attn-3 has a _flash_attn_forward that wants causal, k_new, out too"
     reasons = [
         ("flash_attn_2", missing, "flash-attn is not installed (No module named 'flash_attn_2_cuda')"),
-        ("flash_attn_3", broken, "flash-attn-3 does not import: undefined symbol: _ZN3c10"),
+        ("flash_attn_3", broken, "flash-attn-3 does not import: ImportError: undefined symbol: _ZN3c10"),
+        ("flash_attn_3", older, wants),
+        (
+            "flash_attn_4",
+            confused,
+            "flash-attn-4 does not import: AttributeError: module 'cutlass' has no attribute 'cute'",
+        ),
         ("flash_attn_3", other, "this version of flash-attn-3 has no _flash_attn_forward"),
         ("flash_attn_4", other, lacks),
     ]
@@ -402,9 +426,11 @@ def test_why_a_library_cannot_be_used(monkeypatch):
         monkeypatch.setattr(_flash, "import_module", importing)
         assert _flash.why_not(name, gpu) == why
     _flash.library.cache_clear()
+    assert _xformers.why_not(gpu) == "xformers is not installed"
+    monkeypatch.setattr(_xformers, "find_spec", lambda name: True)
     for importing, why in (
-        (missing, "xformers is not installed"),
-        (broken, "xformers does not import: undefined symbol"),
+        (missing, "xformers does not import: ModuleNotFoundError: No module named"),
+        (broken, "xformers does not import: ImportError: undefined symbol"),
         (other, "this version of xformers has no memory_efficient_attention_forward_requires_grad"),
     ):
         _xformers._library.cache_clear()
@@ -419,10 +445,10 @@ def test_why_a_library_cannot_be_used(monkeypatch):
 
 def test_arguments_of_functions_that_are_operators():
     @torch.library.custom_op("vjepa_test::attend", mutates_args=())
-    def attend(q: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+    def attend(q: torch.Tensor, softmax_scale: float = 1.0) -> torch.Tensor:
         return q * softmax_scale
 
-    assert _flash._names(attend) == {"q", "softmax_scale"}
+    assert _flash._names(attend) == {"q": True, "softmax_scale": False}
 
 
 def test_the_arguments_of_pytorchs_own():
@@ -440,6 +466,67 @@ def test_the_arguments_of_pytorchs_own():
     assert {"scale"} <= {a.name for a in forward if a.kwarg_only} & {a.name for a in backward if a.kwarg_only}
 
 
-def test_all_of_them_are_rows():
-    assert {*FLASH, "torch_varlen", "xformers"} < set(_dispatch._TABLE["varlen_attention"])
+def test_only_pytorchs_own_needs_no_measurement():
+    rows = _dispatch._TABLE["varlen_attention"]
+    gpu = torch.device("cuda", 0)
+    assert {name for name in (*FLASH, "torch_varlen", "xformers", "triton") if rows[name].unasked(gpu)} == {
+        "torch_varlen"
+    }
     assert attention.order is _dispatch._measured["varlen_attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "dtype", "head_dim", "why"),
+    [
+        ("torch_varlen", (8, 0), BF16, 256, None),
+        ("torch_varlen", (8, 6), BF16, 192, None),
+        ("torch_varlen", (8, 9), BF16, 200, "heads of up to 192 on compute capability 8.9, got 200"),
+        ("torch_varlen", (12, 0), BF16, 256, "heads of up to 192 on compute capability 12.0, got 256"),
+        ("flash_attn_4", (9, 0), BF16, 256, None),
+        ("flash_attn_4", (10, 0), BF16, 136, "heads of up to 128 here, got 136"),
+        ("flash_attn_2", (8, 9), BF16, 256, None),
+        ("xformers", (9, 0), torch.float32, 64, None),
+        ("xformers", (10, 0), torch.float32, 64, "kernels of float32 are not for compute capability 10.0"),
+        ("xformers", (10, 0), BF16, 64, None),
+        ("xformers", (7, 5), torch.float16, 64, "kernels of float16 are not for compute capability 7.5"),
+    ],
+)
+def test_heads_that_an_architecture_does_not_take(monkeypatch, name, found, dtype, head_dim, why):
+    for module in (_flash, _xformers):
+        monkeypatch.setattr(module, "capability", lambda device: found)
+    says = _dispatch._TABLE["varlen_attention"][name].unfit(torch.empty(1, 1, head_dim, dtype=dtype), 1.0)
+    assert says is None if why is None else why in says
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "serves"),
+    [
+        *(("torch_varlen", (major, 0), major >= 8) for major in (7, 8, 9, 10, 12)),
+        *(("flash_attn_2", (major, 0), major >= 8) for major in (7, 8, 9, 10, 12)),
+        *(("flash_attn_3", (major, 0), major == 9) for major in (8, 9, 10, 12)),
+        *(("flash_attn_4", (major, 0), major >= 9) for major in (8, 9, 10, 12)),
+    ],
+)
+def test_architectures_and_rocm(monkeypatch, name, found, serves):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(_flash, "capability", lambda device: found)
+    monkeypatch.setattr(_flash, "library", lambda name: _flash.TORCH)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert (_flash.why_not(name, gpu) is None) == serves
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert _flash.why_not(name, gpu) == "it serves NVIDIA GPUs"
+
+
+def test_flash_attn_4_is_not_deterministic_everywhere(monkeypatch):
+    x = torch.empty(1, 1, 64, dtype=BF16)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for major, why in ((9, None), (12, "its backward pass is not deterministic on compute capability 12")):
+        monkeypatch.setattr(_flash, "capability", lambda device, major=major: (major, 0))
+        assert _dispatch._TABLE["varlen_attention"]["flash_attn_4"].unfit(x, 1.0) == why
+
+
+def test_masks_made_in_inference_serve_training(device, library):
+    q, k, v, grad = (torch.randn(20, 2, 16, device=device).to(BF16) for _ in range(4))
+    with torch.inference_mode():
+        varlen_attention(q, k, v, offsets(LENGTHS, device), LENGTHS)
+    assert with_gradients(q, k, v, grad, LENGTHS)[0].shape == q.shape

@@ -13,7 +13,11 @@ TABLE = {
         ("float32", 24, 100, False, ("sdpa", "reference")),
         ("float32", 64, 1568, True, ("flash_attn_3", "sdpa", "reference")),
     ],
-    "sm_90": [("bfloat16", 24, 1500, False, ("triton", "torch_varlen"))],
+    "sm_90": [
+        ("bfloat16", 24, 1500, False, ("triton", "torch_varlen")),
+        ("bfloat16", 64, 1500, False, ("flash_attn_3", "triton")),
+        ("bfloat16", 24, 2040, False, ("torch_varlen", "triton")),
+    ],
 }
 
 
@@ -35,6 +39,7 @@ def order(lengths, head_dim=24, dtype=torch.float32, kv_lengths=None, device="cp
 def test_the_nearest_measurement():
     assert order((1400, 1300)) == ("reference", "sdpa")
     assert order((90, 80)) == order((1, 2)) == ("sdpa", "reference")
+    assert order((3000, *(1,) * 29)) == ("sdpa", "reference")  # by the mean, not the longest
     assert order((1568, 1568), head_dim=24) == ("flash_attn_3", "sdpa", "reference")
     assert order((1568, 1568), head_dim=24, kv_lengths=(5, 6)) == ("reference", "sdpa")
     assert order((1400, 1300), dtype=torch.bfloat16) == ()  # not measured
@@ -45,7 +50,14 @@ def test_the_nearest_measurement():
 @pytest.mark.usefixtures("table")
 def test_each_kind_of_gpu_has_its_own(monkeypatch):
     monkeypatch.setattr(_attention_order, "capability", lambda device: (9, 0))
-    assert order((1400, 1300), dtype=torch.bfloat16, device="cuda") == ("triton", "torch_varlen")
+    bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
+    assert order((1400, 1300), **bf16) == order((1569, 1560), **bf16) == ("triton", "torch_varlen")
+    assert order((2050, 2020), **bf16) == ("torch_varlen", "triton")
+    assert order((1400, 1300), 80, **bf16) == ("flash_attn_3", "triton")
+    assert order((1400, 1300), dtype=torch.float16, device="cuda") == ("triton", "torch_varlen")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert order((1400, 1300), **bf16) == ()
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(_attention_order, "capability", lambda device: (8, 0))
     assert order((1400, 1300), dtype=torch.bfloat16, device="cuda") == ()
 

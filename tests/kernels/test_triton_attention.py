@@ -221,7 +221,7 @@ def run(name, inputs, grad, lengths, kv_lengths):
 def test_many_tiles_and_both_parts(small_tiles, device, head_dim, share, reload):
     """Lengths below, at and above the multiples of a tile; both units of exponentials."""
     small_tiles(share, reload)
-    lengths, kv_lengths = (33, 1, 0, 32), (64, 33, 7, 31)
+    lengths, kv_lengths = (97, 1, 0, 64), (64, 33, 7, 31)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # which no GPU computes with all of these
     q, k, v = (torch.randn(sum(n), 1, head_dim).to(device, dtype) for n in (lengths, kv_lengths, kv_lengths))
     grad = torch.randn_like(q)

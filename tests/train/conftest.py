@@ -33,6 +33,7 @@ MODEL = {
 TRAIN = {"total_steps": 12, "warmup_steps": 3, "batch_size": 4, "precision": "fp32", "device": "cpu"}
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import torch
 from vjepa.config import ModelConfig
 from vjepa.data import DataConfig
@@ -43,7 +44,10 @@ if __name__ == "__main__":
     c = json.loads(sys.argv[1])
     sections = TrainConfig(**c["train"]), RunConfig(**c["run"]), DataConfig(**c["data"])
     config = PretrainConfig(*sections, ModelConfig(**c["model"]), MaskConfig(**c["masks"]))
-    sys.exit(pretrain(config).exit_code)
+    result = pretrain(config)
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print(*(name for name in threads if "gloo" in name))
+    sys.exit(result.exit_code)
 """
 
 

@@ -41,7 +41,8 @@ def current_world() -> World:
 def distributed_world() -> Iterator[World]:
     """Joins the process group that torchrun describes in RANK and WORLD_SIZE, and leaves it at the end.
 
-    Without those variables, or inside a group that the caller made, nothing is set up and nothing torn down.
+    Without those variables, or inside a group that the caller made, nothing is set up and nothing torn down. Make a Trainer
+    inside in a function of its own, so that it is gone at the end: it keeps the group's threads.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
     if not launched or dist.is_initialized():
