@@ -25,16 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = (
-    "tubelet",
-    "gather",
-    "predictor_tokens",
-    "loss",
-    "attention",
-    "norm",
-    "mlp",
-    "block",
-    "ema",
-    "optimizer",
+    *("tubelet", "gather", "predictor_tokens", "loss", "attention", "norm", "mlp", "block", "ema", "optimizer"),
     "overhead",
 )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa.kernels import backend, mlp
 
@@ -169,6 +170,25 @@ def test_keeps_x_and_hidden_but_not_the_activation(device):
         with hooks, torch.set_grad_enabled(frozen is not inputs):
             assert not mlp(*frozen).requires_grad
         assert not kept
+
+
+def test_writes_nothing_for_a_backward_pass_that_cannot_come(device):
+    inputs, _ = make(SHAPE, FP32, device)
+    told = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.vjepa.mlp.default:
+                told.append(args[-1])
+            return operator(*args, **(kwargs or {}))
+
+    with Spy():
+        mlp(*inputs)
+        leaves = [x.requires_grad_() for x in inputs]
+        mlp(*leaves)
+        with torch.no_grad():
+            mlp(*leaves)
+    assert told == [False, True, False]
 
 
 def test_the_operator_without_what_is_kept(device):
