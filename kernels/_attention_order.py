@@ -1,8 +1,8 @@
 """Which backends of varlen_attention were fastest, on a device like this one and for heads and lengths like these.
 
-The measurements are those of `_attention_measured.py`. Nearest is what differs by the smallest factors in head_dim and in the
-mean length of the queries' sequences. Those of one length have measurements of their own, as they can share a call without
-padding; where there are none, those of unlike lengths tell, never the other way round.
+The measurements are those of `_attention_measured.py`. Nearest is what differs by the smallest factors in head_dim and in
+the mean length of the queries' sequences. Those of one length have measurements of their own, as they can share a call
+without padding; where there are none, those of unlike lengths tell, never the other way round.
 """
 
 from __future__ import annotations
