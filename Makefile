@@ -21,7 +21,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 STAGED := build/stage
 
-.PHONY: demo test aot lint typecheck bench gpu gpu-test gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema gpu-stage gpu-machine venv clean stage
+.PHONY: demo test aot lint typecheck sanitize bench gpu gpu-test gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema gpu-stage gpu-machine venv clean stage
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-train
@@ -73,7 +73,7 @@ gpu-tokens: BENCHMARKS := tubelet gather predictor_tokens loss
 gpu-attention: BENCHMARKS := attention
 gpu-block: BENCHMARKS := norm mlp block
 gpu-overhead: BENCHMARKS := overhead
-gpu-ema: BENCHMARKS := ema
+gpu-ema: BENCHMARKS := ema optimizer
 gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema: gpu-stage
 	$(call gpu_pytest,440,--benchmark-only $(BENCHMARKS:%=$(CURDIR)/benchmarks/bench_%.py))
 
@@ -87,6 +87,19 @@ $(GPU_STAGED)/.stamp: $(NATIVE) $(shell find kernels vjepa -name '*.py')
 	rm -rf $(GPU_STAGED)
 	$(PYTHON) setup.py --quiet build --build-lib $(GPU_STAGED)
 	@touch $@
+
+# The native tests with a library that checks every access and every operation; GCC or Clang on Linux.
+SANITIZED := build/sanitize
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+SANITIZED_TESTS := $(wildcard $(CURDIR)/tests/packaging/test_native*.py) $(CURDIR)/tests/kernels/test_cpu_tokens.py
+sanitizers = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+
+sanitize: $(STAMP)-test
+	rm -rf $(SANITIZED)
+	PATH="$(abspath $(BIN)):$$PATH" CXXFLAGS="$(SANITIZE)" VJEPA_CUDA_ARCHS=none $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$(sanitizers)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED)) \
+		$(abspath $(BIN))/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+		-o addopts=--import-mode=importlib -p no:cacheprovider $(SANITIZED_TESTS)
 
 stage:
 	rm -rf $(STAGED)

@@ -1,6 +1,7 @@
 // Build information, status sentences, and the CUDA entry points of a build without CUDA.
 #include "capi.h"
 
+#include "cpu/parallel.h"
 #include "include/vjepa/macros.h"
 
 #if defined(__clang__)
@@ -43,8 +44,15 @@ extern "C" const char *vjepa_status_string(int32_t status) {
       return "momentum is not between 0 and 1";
     case VJEPA_ERROR_NO_CUDA:
       return "the library was built without its CUDA part";
+    case VJEPA_ERROR_INDEX:
+      return "a token or a clip does not exist";
     case VJEPA_ERROR_CUDA:
       return "the CUDA runtime refused";
+    case VJEPA_ERROR_OVERLAP:
+      return "a tensor that is written shares memory with another one";
+    case VJEPA_ERROR_GROUP:
+      return "a tensor names no group that is there, or lr, betas, eps, weight decay or step of a group is out of "
+             "range";
     default:
       return "unknown status";
   }
@@ -52,8 +60,18 @@ extern "C" const char *vjepa_status_string(int32_t status) {
 
 extern "C" const char *vjepa_cuda_error(void) { return vjepa::last_cuda_error; }
 
+extern "C" int32_t vjepa_set_team(void *gomp_parallel) {
+  vjepa::team.store(reinterpret_cast<vjepa::Team>(gomp_parallel), std::memory_order_relaxed);
+  return VJEPA_OK;
+}
+
 #if !defined(VJEPA_WITH_CUDA)
-extern "C" int32_t vjepa_ema_cuda(const vjepa_ema_tensor *, const vjepa_chunk *, int64_t, double, int32_t, void *) {
+extern "C" int32_t vjepa_ema_cuda(const vjepa_ema_tensor *, const vjepa_chunk *, int64_t, double, const double *,
+                                  int32_t, void *) {
+  return VJEPA_ERROR_NO_CUDA;
+}
+extern "C" int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *, const vjepa_chunk *, int64_t, const vjepa_adamw_group *,
+                                    int64_t, const vjepa_adamw_scalars *, double, int32_t, void *) {
   return VJEPA_ERROR_NO_CUDA;
 }
 #endif

@@ -15,7 +15,7 @@
 #define VJEPA_API __attribute__((visibility("default")))
 #endif
 
-#define VJEPA_ABI_VERSION 1
+#define VJEPA_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -31,20 +31,60 @@ typedef enum vjepa_status {
   VJEPA_ERROR_CAPACITY = 6,
   VJEPA_ERROR_MOMENTUM = 7,
   VJEPA_ERROR_NO_CUDA = 8, /* the library was built without its CUDA part */
-  VJEPA_ERROR_CUDA = 9     /* the CUDA runtime refused; vjepa_cuda_error() says what */
+  VJEPA_ERROR_CUDA = 9,    /* the CUDA runtime refused; vjepa_cuda_error() says what */
+  VJEPA_ERROR_OVERLAP = 10,
+  VJEPA_ERROR_GROUP = 11,
+  VJEPA_ERROR_INDEX = 12 /* a token or a clip does not exist */
 } vjepa_status;
 
 typedef enum vjepa_dtype { VJEPA_NONE = -1, VJEPA_FLOAT32 = 0, VJEPA_BFLOAT16 = 1, VJEPA_FLOAT16 = 2 } vjepa_dtype;
 
-/* One tensor of an EMA update. Pointers need the alignment of their element type only. */
+/* The rows of tables of tensors: 64-bit words only, so that a caller writes a table as one array of integers. Pointers
+ * need the alignment of their element type only. What is written must overlap with nothing else in the table. */
+
+/* One tensor of an EMA update. */
 typedef struct vjepa_ema_tensor {
   float *target;        /* [numel] float32, read and written */
   const void *source;   /* [numel] source_dtype, read */
   void *copy;           /* [numel] copy_dtype, written with the rounded new target; null if copy_dtype is VJEPA_NONE */
   int64_t numel;        /* elements, >= 0 */
-  int32_t source_dtype; /* VJEPA_FLOAT32, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
-  int32_t copy_dtype;   /* VJEPA_NONE, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
+  int64_t source_dtype; /* VJEPA_FLOAT32, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
+  int64_t copy_dtype;   /* VJEPA_NONE, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
 } vjepa_ema_tensor;
+
+/* One parameter of an optimizer step, with all that belongs to it. */
+typedef struct vjepa_adamw_tensor {
+  float *param;     /* [numel] float32, read and written, as are exp_avg, exp_avg_sq and shadow */
+  const void *grad; /* [numel] grad_dtype, read */
+  float *exp_avg;
+  float *exp_avg_sq;
+  float *shadow;      /* the moving average of the parameter, or null */
+  void *param_copy;   /* [numel] copy_dtype, written with the rounded parameter; null if copy_dtype is VJEPA_NONE */
+  void *shadow_copy;  /* the same of the shadow; null if there is none */
+  float *step;        /* null, or how many steps were done before; read when the work is done, instead of the group's */
+  int64_t numel;      /* elements, >= 0 */
+  int64_t grad_dtype; /* VJEPA_FLOAT32, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
+  int64_t copy_dtype; /* VJEPA_NONE, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
+  int64_t group;      /* index of the group whose numbers it takes */
+} vjepa_adamw_tensor;
+
+/* Numbers that parameters share. */
+typedef struct vjepa_adamw_group {
+  double lr;    /* >= 0 */
+  double beta1; /* 0 <= beta < 1 */
+  double beta2;
+  double eps;              /* >= 0 */
+  double weight_decay;     /* >= 0 */
+  int64_t step;            /* how many steps were done before, of tensors that do not say; >= 0 */
+  const float *lr_address; /* null, or where to read lr when the work is done */
+} vjepa_adamw_group;
+
+/* Where to read numbers of the whole step when the work is done, in memory of the tensors' device; each may be null. */
+typedef struct vjepa_adamw_scalars {
+  const float *grad_factor; /* what gradients are multiplied by: unscaling times clipping; null: 1 */
+  const float *found_inf;   /* not 0: parameters, moments and param copies stay; shadows still follow */
+  const double *momentum;   /* of the shadows, instead of the argument, and not checked */
+} vjepa_adamw_scalars;
 
 /* A piece of one tensor: the unit of work of one CUDA block. */
 typedef struct vjepa_chunk {
@@ -65,6 +105,11 @@ VJEPA_API const char *vjepa_status_string(int32_t status);
 /* The CUDA runtime's words for this thread's last VJEPA_ERROR_CUDA; "" if there was none. */
 VJEPA_API const char *vjepa_cuda_error(void);
 
+/* The threads of the CPU functions are from now on those of an OpenMP runtime, `gomp_parallel` being its function
+ * void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned); null: threads of their own, as at first. For the
+ * whole process; a child made by fork must set null, because no threads live on there. */
+VJEPA_API int32_t vjepa_set_team(void *gomp_parallel);
+
 /* target <- momentum * target + (1 - momentum) * source, in float32, for `count` tensors in host memory; the new
  * targets, rounded to nearest even, also go to the copies. The result does not depend on `threads` (>= 1). */
 VJEPA_API int32_t vjepa_ema_cpu(const vjepa_ema_tensor *tensors, int64_t count, double momentum, int32_t threads);
@@ -75,14 +120,39 @@ VJEPA_API int32_t vjepa_ema_plan(const vjepa_ema_tensor *tensors, int64_t count,
                                  vjepa_chunk *chunks, int64_t capacity, int64_t *num_chunks);
 
 /* The same update on a GPU, in one launch: `tensors` and `chunks` (made by vjepa_ema_plan) lie in the memory of CUDA
- * device `device`, as do all tensors; `stream` is a cudaStream_t. Asynchronous. */
+ * device `device`, as do all tensors; `stream` is a cudaStream_t. If `momentum_on_device` is not null, the momentum is
+ * read from there when the launch runs, and not checked. Asynchronous. */
 VJEPA_API int32_t vjepa_ema_cuda(const vjepa_ema_tensor *tensors, const vjepa_chunk *chunks, int64_t num_chunks,
-                                 double momentum, int32_t device, void *stream);
+                                 double momentum, const double *momentum_on_device, int32_t device, void *stream);
 
 /* What vjepa_ema_cuda does, executed on the host: every block and every thread of its grid in turn, through the same
  * device code. For tests. */
 VJEPA_API int32_t vjepa_ema_cuda_on_host(const vjepa_ema_tensor *tensors, const vjepa_chunk *chunks, int64_t num_chunks,
-                                         double momentum);
+                                         double momentum, const double *momentum_on_device);
+
+/* AdamW, moving average and copies of `count` parameters in host memory, in one pass; csrc/include/vjepa/adamw.h says
+ * what is computed. `scalars` may be null. The tensors' own steps, unless skipped, are counted. The result does not
+ * depend on `threads` (>= 1). */
+VJEPA_API int32_t vjepa_adamw_cpu(const vjepa_adamw_tensor *tensors, int64_t count, const vjepa_adamw_group *groups,
+                                  int64_t num_groups, const vjepa_adamw_scalars *scalars, double momentum,
+                                  int32_t threads);
+
+/* vjepa_ema_plan for parameters; their groups must be below 32. */
+VJEPA_API int32_t vjepa_adamw_plan(const vjepa_adamw_tensor *tensors, int64_t count, int64_t chunk_elements,
+                                   vjepa_chunk *chunks, int64_t capacity, int64_t *num_chunks);
+
+/* The same step on a GPU, in one launch: `tensors` and `chunks` (made by vjepa_adamw_plan) lie in the memory of CUDA
+ * device `device`, as does all that they, `scalars` and the groups point to; `groups` (at most 32, as many as the
+ * tensors name) and `scalars` themselves lie in host memory and are copied into the launch. Steps are not counted.
+ * Asynchronous. */
+VJEPA_API int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *tensors, const vjepa_chunk *chunks, int64_t num_chunks,
+                                   const vjepa_adamw_group *groups, int64_t num_groups,
+                                   const vjepa_adamw_scalars *scalars, double momentum, int32_t device, void *stream);
+
+/* What vjepa_adamw_cuda does, executed on the host; see vjepa_ema_cuda_on_host. */
+VJEPA_API int32_t vjepa_adamw_cuda_on_host(const vjepa_adamw_tensor *tensors, const vjepa_chunk *chunks,
+                                           int64_t num_chunks, const vjepa_adamw_group *groups, int64_t num_groups,
+                                           const vjepa_adamw_scalars *scalars, double momentum);
 
 #ifdef __cplusplus
 }

@@ -9,27 +9,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Sequence
+import operator
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "EMATable",
-    "NativeError",
-    "available",
-    "build_info",
-    "cuda_available",
-    "ema_update_cpu",
-    "ema_update_cuda",
-]
+__all__ = ["NativeError", "available", "build_info", "cuda_available"]
 
-ABI_VERSION = 1  # VJEPA_ABI_VERSION of csrc/capi.h
-CHUNK_ELEMENTS = 1 << 16  # per CUDA block: 0.75 MB of traffic, several hundred blocks for the smallest ViT
+ABI_VERSION = 2  # VJEPA_ABI_VERSION of csrc/capi.h
 NO_COPY = -1
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COPY_DTYPES = (torch.bfloat16, torch.float16)
+TABLES_KEPT = 16  # on the device: of an average, of an optimizer's groups, and of a few other networks
 STATUS_CUDA = 9
 
 LIBRARY_NAMES = ("libvjepa_native.so", "libvjepa_native.dylib", "vjepa_native.dll")
@@ -39,7 +37,7 @@ class NativeError(RuntimeError):
     """The native library refused a call; the message is its own sentence."""
 
 
-class TensorEntry(ctypes.Structure):
+class EMAEntry(ctypes.Structure):
     """`vjepa_ema_tensor` of csrc/capi.h."""
 
     _fields_ = [
@@ -47,9 +45,48 @@ class TensorEntry(ctypes.Structure):
         ("source", ctypes.c_void_p),
         ("copy", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
-        ("source_dtype", ctypes.c_int32),
-        ("copy_dtype", ctypes.c_int32),
+        ("source_dtype", ctypes.c_int64),
+        ("copy_dtype", ctypes.c_int64),
     ]
+
+
+class AdamWEntry(ctypes.Structure):
+    """`vjepa_adamw_tensor` of csrc/capi.h."""
+
+    _fields_ = [
+        ("param", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("exp_avg", ctypes.c_void_p),
+        ("exp_avg_sq", ctypes.c_void_p),
+        ("shadow", ctypes.c_void_p),
+        ("param_copy", ctypes.c_void_p),
+        ("shadow_copy", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("grad_dtype", ctypes.c_int64),
+        ("copy_dtype", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    ]
+
+
+class AdamWGroup(ctypes.Structure):
+    """`vjepa_adamw_group` of csrc/capi.h."""
+
+    _fields_ = [
+        ("lr", ctypes.c_double),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("weight_decay", ctypes.c_double),
+        ("step", ctypes.c_int64),
+        ("lr_address", ctypes.c_void_p),
+    ]
+
+
+class AdamWScalars(ctypes.Structure):
+    """`vjepa_adamw_scalars` of csrc/capi.h: addresses, of which each may be None."""
+
+    _fields_ = [("grad_factor", ctypes.c_void_p), ("found_inf", ctypes.c_void_p), ("momentum", ctypes.c_void_p)]
 
 
 class Chunk(ctypes.Structure):
@@ -91,40 +128,58 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     found = library.vjepa_abi_version()
     if found != ABI_VERSION:
         return None, f"the native library has ABI {found}, expected {ABI_VERSION}; install the package again"
-    entries, chunks = ctypes.POINTER(TensorEntry), ctypes.POINTER(Chunk)
+    entries, params, chunks = map(ctypes.POINTER, (EMAEntry, AdamWEntry, Chunk))
+    groups, scalars = map(ctypes.POINTER, (AdamWGroup, AdamWScalars))
     i32, i64, f64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
     prototypes = {
         "vjepa_build_info": (ctypes.c_char_p, []),
         "vjepa_status_string": (ctypes.c_char_p, [i32]),
         "vjepa_cuda_error": (ctypes.c_char_p, []),
+        "vjepa_set_team": (i32, [pointer]),
         "vjepa_ema_cpu": (i32, [entries, i64, f64, i32]),
         "vjepa_ema_plan": (i32, [entries, i64, i64, chunks, i64, ctypes.POINTER(i64)]),
-        "vjepa_ema_cuda": (i32, [pointer, pointer, i64, f64, i32, pointer]),
-        "vjepa_ema_cuda_on_host": (i32, [entries, chunks, i64, f64]),
+        "vjepa_ema_cuda": (i32, [pointer, pointer, i64, f64, pointer, i32, pointer]),
+        "vjepa_ema_cuda_on_host": (i32, [entries, chunks, i64, f64, pointer]),
+        "vjepa_adamw_cpu": (i32, [params, i64, groups, i64, scalars, f64, i32]),
+        "vjepa_adamw_plan": (i32, [params, i64, i64, chunks, i64, ctypes.POINTER(i64)]),
+        "vjepa_adamw_cuda": (i32, [pointer, pointer, i64, groups, i64, scalars, f64, i32, pointer]),
+        "vjepa_adamw_cuda_on_host": (i32, [params, chunks, i64, groups, i64, scalars, f64]),
     }
     for name, (result, arguments) in prototypes.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    library.vjepa_set_team(openmp_team())
+    if hasattr(os, "register_at_fork"):  # the threads of the runtime stay behind in the parent
+        os.register_at_fork(after_in_child=functools.partial(library.vjepa_set_team, None))
     return library, ""
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
+def openmp_team() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch computes with, None if it has another interface."""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # a library's handle searches what the library loaded
+    except (AttributeError, OSError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def library() -> ctypes.CDLL:
+    loaded, reason = _load()
+    if loaded is None:
         raise NativeError(reason)
-    return library
+    return loaded
 
 
 def available() -> tuple[bool, str]:
     """Whether the CPU part can serve, and if not, why, as a sentence."""
-    library, reason = _load()
-    return library is not None, reason
+    loaded, reason = _load()
+    return loaded is not None, reason
 
 
 def cuda_available() -> tuple[bool, str]:
     """Whether the CUDA part was built and a GPU is there, and if not, why, as a sentence. Does not initialise CUDA."""
-    library, reason = _load()
-    if library is None:
+    loaded, reason = _load()
+    if loaded is None:
         return False, reason
     if not build_info()["cuda"]:
         return False, f"the CUDA part was not built: {_record()['cuda'] or 'no reason was recorded'}"
@@ -135,119 +190,121 @@ def cuda_available() -> tuple[bool, str]:
 
 def build_info() -> dict[str, str]:
     """Version, compiler, instruction sets, CUDA version and architectures of the library ("" for what is not there)."""
-    return json.loads(_library().vjepa_build_info())
+    return json.loads(library().vjepa_build_info())
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
     if status:
-        library = _library()
-        sentence = library.vjepa_status_string(status).decode()
-        detail = library.vjepa_cuda_error().decode() if status == STATUS_CUDA else ""
+        sentence = library().vjepa_status_string(status).decode()
+        detail = library().vjepa_cuda_error().decode() if status == STATUS_CUDA else ""
         raise NativeError(f"{sentence}: {detail}" if detail else sentence)
 
 
-def _entries(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] | None, device_type: str
-) -> ctypes.Array[TensorEntry]:
-    """The table of the update; every tensor is checked here, because the library sees only addresses."""
-    if len(sources) != len(targets):
-        raise ValueError(f"sources: expected {len(targets)} tensors, one for each target, got {len(sources)}")
-    if copies is not None and len(copies) != len(targets):
-        raise ValueError(f"copies: expected {len(targets)} tensors, one for each target, got {len(copies)}")
-    table = (TensorEntry * len(targets))()
-    for k, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        copy = None if copies is None else copies[k]
-        named = {"targets": (target, (torch.float32,)), "sources": (source, tuple(DTYPE_CODES))}
-        if copy is not None:
-            named["copies"] = (copy, COPY_DTYPES)
-        for name, (tensor, dtypes) in named.items():
+dtype_of, device_of = map(operator.attrgetter, ("dtype", "device"))
+
+
+def walkable(tensors: Sequence[Tensor], dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether all are contiguous and of one of the dtypes."""
+    return set(map(dtype_of, tensors)) <= set(dtypes) and all(map(Tensor.is_contiguous, tensors))
+
+
+def check_lists(
+    device_type: str, named: Mapping[str, tuple[Sequence[Tensor], Sequence[torch.dtype]]], walked: bool = False
+) -> None:
+    """Raise unless all lists pair up in number, elements and device with the first, with dtypes of their own, contiguous.
+
+    The library sees only addresses. Whole lists are compared first: a step calls this for hundreds of tensors.
+    `walked`: the caller knows that they are `walkable`.
+    """
+    (first_name, (first, _)), *_ = named.items()
+    numels, devices = list(map(Tensor.numel, first)), set(map(device_of, first))
+    one_device = len(devices) == 1 and devices.copy().pop().type == device_type
+    for name, (tensors, dtypes) in named.items():
+        if len(tensors) != len(first):
+            raise ValueError(f"{name}: expected {len(first)} tensors, one for each of {first_name}, got {len(tensors)}")
+        if (
+            one_device
+            and (walked or walkable(tensors, dtypes))
+            and (tensors is first or list(map(Tensor.numel, tensors)) == numels)
+            and (tensors is first or set(map(device_of, tensors)) == devices)
+        ):
+            continue
+        for k, tensor in enumerate(tensors):
             if tensor.dtype not in dtypes:
                 expected = " or ".join(str(dtype) for dtype in dtypes)
                 raise TypeError(f"{name}[{k}]: expected dtype {expected}, got {tensor.dtype}")
-            if tensor.shape != target.shape:
-                raise ValueError(f"{name}[{k}]: expected shape {tuple(target.shape)}, got {tuple(tensor.shape)}")
-            if tensor.device.type != device_type or tensor.device != target.device:
-                wanted = target.device if target.device.type == device_type else device_type
+            if tensor.numel() != numels[k]:
+                raise ValueError(f"{name}[{k}]: expected shape {tuple(first[k].shape)}, got {tuple(tensor.shape)}")
+            if tensor.device.type != device_type or tensor.device != first[k].device:
+                wanted = first[k].device if first[k].device.type == device_type else device_type
                 raise ValueError(f"{name}[{k}]: expected device {wanted}, got {tensor.device}")
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}[{k}]: expected a contiguous tensor, got strides {tensor.stride()}")
-        table[k] = TensorEntry(
-            target.data_ptr(),
-            source.data_ptr(),
-            None if copy is None else copy.data_ptr(),
-            target.numel(),
-            DTYPE_CODES[source.dtype],
-            NO_COPY if copy is None else DTYPE_CODES[copy.dtype],
-        )
-    return table
 
 
-def _plan(table: ctypes.Array[TensorEntry], chunk_elements: int = CHUNK_ELEMENTS) -> ctypes.Array[Chunk]:
-    """The chunks of the CUDA kernel's grid, one for each block."""
-    library = _library()
+def addresses(tensors: Sequence[Tensor]) -> Iterable[int]:
+    return map(Tensor.data_ptr, tensors)
+
+
+def table_of(entry: type[ctypes.Structure], *columns: Iterable[int]) -> ctypes.Array:
+    """Rows of 64-bit words as an array of `entry`, which has as many fields as there are columns."""
+    words = array("q", chain.from_iterable(zip(*columns, strict=True)))
+    count = len(words) * words.itemsize // ctypes.sizeof(entry)
+    return (entry * count).from_buffer(words) if count else (entry * 0)()
+
+
+def plan(function: Callable[..., int], table: ctypes.Array, chunk_elements: int) -> ctypes.Array[Chunk]:
+    """The chunks of a CUDA kernel's grid, one for each block, by the library's `function`."""
     count = ctypes.c_int64()
-    _check(library.vjepa_ema_plan(table, len(table), chunk_elements, None, 0, ctypes.byref(count)))
+    check(function(table, len(table), chunk_elements, None, 0, ctypes.byref(count)))
     chunks = (Chunk * count.value)()
-    _check(library.vjepa_ema_plan(table, len(table), chunk_elements, chunks, len(chunks), ctypes.byref(count)))
+    check(function(table, len(table), chunk_elements, chunks, len(chunks), ctypes.byref(count)))
     return chunks
 
 
-def ema_update_cpu(
-    targets: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    momentum: float,
-    copies: Sequence[Tensor] | None = None,
-    threads: int | None = None,
-) -> None:
-    """t <- momentum * t + (1 - momentum) * s, in place, for all tensors in one threaded pass on the CPU.
+class DeviceTable:
+    """A table of tensors and its chunks in the memory of one CUDA device."""
 
-    targets: contiguous float32 CPU tensors. sources: same shapes, contiguous, float32, bfloat16 or float16.
-    copies: same shapes, bfloat16 or float16; they receive the new targets rounded to nearest even, in the same pass.
-    threads: at most so many (default: `torch.get_num_threads()`); the result does not depend on it.
-    Raises ValueError or TypeError on unfit tensors, NativeError on a momentum outside [0, 1] or without the library.
-    """
-    table = _entries(targets, sources, copies, "cpu")
-    threads = torch.get_num_threads() if threads is None else threads
-    _check(_library().vjepa_ema_cpu(table, len(table), momentum, threads))
-
-
-class EMATable:
-    """The tables of a CUDA EMA update, built once and kept on the device; the tensors must stay where they are.
-
-    All tensors contiguous on one CUDA device; dtypes as for `ema_update_cpu`.
-    """
-
-    def __init__(
-        self, targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] | None = None
-    ) -> None:
-        table = _entries(targets, sources, copies, "cuda")
-        devices = {target.device for target in targets}
-        if len(devices) > 1:
-            raise ValueError(f"targets: expected one device, got {sorted(map(str, devices))}")
-        chunks = _plan(table)
+    def __init__(self, table: ctypes.Array, chunks: ctypes.Array[Chunk], device: torch.device) -> None:
         self.num_chunks = len(chunks)
-        self.device = devices.pop() if devices else None
-        # The addresses in the tables are only as good as the tensors behind them.
-        self._tensors = (list(targets), list(sources), None if copies is None else list(copies))
-        if self.num_chunks:
-            self._table = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self.device)
-            self._chunks = torch.frombuffer(bytearray(chunks), dtype=torch.uint8).to(self.device)
+        self._words = [torch.frombuffer(bytearray(part), dtype=torch.uint8).to(device) for part in (table, chunks)]
+        self.arguments = (*map(Tensor.data_ptr, self._words), self.num_chunks)
 
-    def update(self, momentum: float) -> None:
-        """One launch on the current stream of the tensors' device; asynchronous."""
-        if self.device is None or not self.num_chunks:
-            return
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        device = self.device.index
-        table, chunks = self._table.data_ptr(), self._chunks.data_ptr()
-        _check(_library().vjepa_ema_cuda(table, chunks, self.num_chunks, momentum, device, stream))
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until what `stream` was given so far is done, even if the table is dropped."""
+        for words in self._words:
+            words.record_stream(stream)
 
 
-def ema_update_cuda(
-    targets: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    momentum: float,
-    copies: Sequence[Tensor] | None = None,
+# by content: a table is addresses and sizes, right for whatever tensors have these
+_device_tables: OrderedDict[tuple[torch.device, bytes], DeviceTable] = OrderedDict()
+_captured: set[DeviceTable] = set()  # CUDA graphs hold their addresses, and nothing says when a graph is gone
+
+
+def launch(
+    table: ctypes.Array,
+    device: torch.device,
+    plan_table: Callable[[ctypes.Array], ctypes.Array[Chunk]],
+    function: Callable[..., int],
+    *arguments: Any,
 ) -> None:
-    """`ema_update_cpu` on one CUDA device, in one launch. To update the same tensors again, keep an `EMATable`."""
-    EMATable(targets, sources, copies).update(momentum)
+    """function(tensors, chunks, num_chunks, *arguments, device, stream) on the current stream of `device`.
+
+    The table goes to the device the first time it is seen, which waits for the copy; not while a CUDA graph is captured.
+    """
+    key = (device, bytes(table))
+    known = _device_tables.get(key)
+    if known is None:
+        chunks = plan_table(table)
+        if not len(chunks):
+            return
+        known = _device_tables[key] = DeviceTable(table, chunks, device)
+    _device_tables.move_to_end(key)
+    while len(_device_tables) > TABLES_KEPT:
+        _device_tables.popitem(last=False)
+    stream = torch.cuda.current_stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.add(known)
+    else:
+        known.used_on(stream)
+    check(function(*known.arguments, *arguments, device.index, stream.cuda_stream))

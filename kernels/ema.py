@@ -8,66 +8,81 @@ Targets are float32: with m near 1 the update is below half a unit in the last p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from . import _native, reference
+from . import _native, _native_ema
+from . import _reference_optimizer as reference
 from ._checks import describe
 from ._dispatch import Row, choose, define, register
+from ._native import device_of, dtype_of
 
 COPY_DTYPES = (torch.bfloat16, torch.float16)
+PLAIN = {Tensor, nn.Parameter}  # types whose lists are checked as wholes: a step has hundreds of tensors
 
 
 def _native_cpu(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float) -> None:
-    _native.ema_update_cpu(targets, sources, momentum, copies or None)
+    _native_ema.ema_update_cpu(targets, sources, momentum, copies or None, walked=True)
 
 
-def _native_cuda(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float) -> None:
-    _native.ema_update_cuda(targets, sources, momentum, copies or None)
+def _native_cuda(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor) -> None:
+    _native_ema.ema_update_cuda(targets, sources, momentum, copies or None, walked=True)
 
 
-def _native_cpu_why_not(device: torch.device) -> str | None:
+def native_cpu_why_not(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "it serves tensors on the CPU"
     ok, reason = _native.available()
     return None if ok else reason
 
 
-def _native_cuda_why_not(device: torch.device) -> str | None:
+def native_cuda_why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it serves tensors on a CUDA device"
     ok, reason = _native.cuda_available()
     return None if ok else reason
 
 
-def _native_unfit(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float) -> str | None:
-    for tensor in (*targets, *sources, *copies):
-        if tensor.dtype == torch.float64 or not tensor.is_contiguous():
-            return f"it needs contiguous tensors of at most 32 bits, got {describe(tensor)}"
+def native_unfit(*lists: list[Tensor]) -> str | None:
+    """Why the native library cannot walk tensors of these lists, or None."""
+    for tensors in lists:
+        if not _native.walkable(tensors, _native.DTYPE_CODES):
+            wrong = (tensor for tensor in tensors if not _native.walkable([tensor], _native.DTYPE_CODES))
+            return f"it needs contiguous tensors of at most 32 bits, got {describe(next(wrong))}"
     return None
 
 
-register(Row("ema_update_", "cpu", _native_cpu, why_not=_native_cpu_why_not, unfit=_native_unfit))
+def _native_unfit(
+    targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor
+) -> str | None:
+    return native_unfit(targets, sources, copies)  # the dtypes of targets and copies are the operator's own
+
+
+register(Row("ema_update_", "cpu", _native_cpu, why_not=native_cpu_why_not, unfit=_native_unfit))
 # not automatic before it has been measured against the reference on a GPU
-register(Row("ema_update_", "cuda", _native_cuda, why_not=_native_cuda_why_not, unfit=_native_unfit, automatic=False))
+register(Row("ema_update_", "cuda", _native_cuda, why_not=native_cuda_why_not, unfit=_native_unfit, automatic=False))
 register(Row("ema_update_", "reference", reference.ema_update_))
 
 
+def by_device(*lists: list[Tensor]) -> Iterator[tuple[torch.device, tuple[list[Tensor], ...]]]:
+    """Each device of the first list's tensors, and of each list (or empty list) those at their places."""
+    devices = list(map(device_of, lists[0]))
+    for device in dict.fromkeys(devices):
+        if devices.count(device) == len(devices):
+            yield device, lists
+        else:
+            places = [place for place, its in enumerate(devices) if its == device]
+            yield device, tuple([tensors[place] for place in places] if tensors else [] for tensors in lists)
+
+
 def _update(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
-    share = check_momentum(momentum.item())
-    by_device: dict[torch.device, list[int]] = {}
-    for number, target in enumerate(targets):
-        by_device.setdefault(target.device, []).append(number)
-    for device, numbers in by_device.items():
-        arguments = (
-            [targets[n] for n in numbers],
-            [sources[n] for n in numbers],
-            [copies[n] for n in numbers] if copies else [],
-            share,
-        )
-        choose("ema_update_", device, *arguments).forward(*arguments)
+    share = momentum if momentum.device.type != "cpu" else check_momentum(momentum.item())
+    if isinstance(share, Tensor) and set(map(device_of, targets)) - {share.device}:
+        raise ValueError(f"momentum must be on the device of all targets or on the CPU, got {describe(share)}")
+    for device, lists in by_device(targets, sources, copies):
+        choose("ema_update_", device, *lists, share).forward(*lists, share)
     torch.autograd.graph.increment_version([*targets, *copies])
 
 
@@ -93,11 +108,14 @@ def check_momentum(momentum: float) -> float:
 
 
 def momentum_tensor(momentum: float | Tensor) -> Tensor:
-    """`momentum` as the 0-d float64 CPU tensor that the operator takes; the operator checks the value of a tensor."""
+    """`momentum` as the 0-d tensor that the operator takes, which checks the value of one on the CPU."""
     if not isinstance(momentum, Tensor):
-        return torch.tensor(check_momentum(momentum), dtype=torch.float64)
-    if momentum.ndim or momentum.device.type != "cpu":
-        raise ValueError(f"momentum must be a number or a 0-d tensor on the CPU, got {describe(momentum)}")
+        return torch.tensor(check_momentum(momentum), dtype=torch.float64, device="cpu")
+    if momentum.ndim or (momentum.device.type != "cpu" and momentum.dtype != torch.float64):
+        raise ValueError(
+            f"momentum must be a number, a 0-d tensor on the CPU or a 0-d float64 tensor on a device, "
+            f"got {describe(momentum)}"
+        )
     return momentum
 
 
@@ -107,6 +125,15 @@ def check_pairs(
     """Raise unless both lists pair up in number, shape and device, and the first have one of the dtypes."""
     if len(firsts) != len(seconds):
         raise ValueError(f"{names[1]} must have {len(firsts)} tensors like {names[0]}, got {len(seconds)}")
+    if (  # of lists as they should be, and not in a trace: it knows little of map
+        not torch.compiler.is_compiling()
+        and set(map(type, firsts)) | set(map(type, seconds)) <= PLAIN
+        and set(map(dtype_of, firsts)) <= set(first_dtypes)
+        and all(map(Tensor.is_floating_point, seconds))
+        and all(map(Tensor.is_same_size, firsts, seconds))
+        and list(map(device_of, firsts)) == list(map(device_of, seconds))
+    ):
+        return
     for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         for name, tensor in zip(names, (first, second), strict=True):
             if not isinstance(tensor, Tensor):
@@ -127,7 +154,8 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
         targets: list (or another iterable, such as `module.parameters()`) of float32 or float64 tensors; each memory
             once.
         sources: as many tensors of the same shapes on the same devices, any floating dtype.
-        momentum: m, 0 <= m <= 1; a 0-d CPU tensor is taken too, on whose value torch.compile does not specialise.
+        momentum: m, 0 <= m <= 1; a 0-d CPU tensor is taken too, on whose value torch.compile does not specialise, and a
+            0-d float64 tensor on the device of all targets, which a CUDA graph reads anew and whose range is not checked.
 
     Raises:
         TypeError: a target of lower precision (the update would round away), something that is no tensor.
@@ -147,6 +175,14 @@ def local(tensor: Tensor) -> Tensor:
     """The local shard of a DTensor (sharing its memory), any other tensor itself; no communication."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def local_list(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    whole = list(tensors)
+    if not torch.compiler.is_compiling() and set(map(type, whole)) <= PLAIN:
+        return whole
+    return [local(tensor) for tensor in whole]
 
 
 class EMA:
@@ -187,8 +223,8 @@ class EMA:
                 raise ValueError(f"source_module must be sharded like target_module, got another placement of {name}")
         check_pairs(
             ("target_module", "source_module"),
-            [local(target) for target in self._targets],
-            [local(source) for source in self._sources],
+            local_list(self._targets),
+            local_list(self._sources),
             (torch.float32, torch.float64),
         )
         self.copies: dict[str, Tensor] = {}
@@ -200,8 +236,8 @@ class EMA:
         share = momentum_tensor(momentum)
         with torch.no_grad():
             torch.ops.vjepa.ema_update_(
-                [local(target) for target in self._targets],
-                [local(source) for source in self._sources],
+                local_list(self._targets),
+                local_list(self._sources),
                 list(self.copies.values()),
                 share,
             )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cpu_tokens, reference
 from ._checks import FLOATS, INTS, check_device, check_ids, check_offsets, check_tensor, describe
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
@@ -23,6 +23,26 @@ from .tokens import TokenIndices, check_token_indices, check_within
 
 register(triton_row("gather_tokens", "_triton_gather", "gather_tokens", "gather_tokens_backward"))
 register(triton_row("scatter_tokens", "_triton_scatter", "scatter_tokens", "scatter_tokens_backward"))
+register(
+    Row(
+        "gather_tokens",
+        "cpu",
+        _cpu_tokens.gather_tokens,
+        _cpu_tokens.gather_tokens_backward,
+        _cpu_tokens.why_not,
+        _cpu_tokens.unfit_to_move,
+    )
+)
+register(
+    Row(
+        "scatter_tokens",
+        "cpu",
+        _cpu_tokens.scatter_tokens,
+        _cpu_tokens.scatter_tokens_backward,
+        _cpu_tokens.why_not,
+        _cpu_tokens.unfit_to_move,
+    )
+)
 register(Row("gather_tokens", "reference", reference.gather_tokens, reference.gather_tokens_backward))
 register(Row("scatter_tokens", "reference", reference.scatter_tokens, reference.scatter_tokens_backward))
 
@@ -34,7 +54,7 @@ def _gather(x: Tensor, indices: Tensor, cu_seqlens: Tensor, clip: Tensor) -> Ten
     check_offsets(cu_seqlens, clip.shape[0], indices.shape[0])
     check_ids("indices", indices, x.shape[1], "tokens of a clip")
     check_ids("clip", clip, x.shape[0], "clips")
-    return choose("gather_tokens", x.device).forward(x, indices, cu_seqlens, clip)
+    return choose("gather_tokens", x.device, x).forward(x, indices, cu_seqlens, clip)
 
 
 def _gather_fake(x: Tensor, indices: Tensor, cu_seqlens: Tensor, clip: Tensor) -> Tensor:
@@ -44,7 +64,7 @@ def _gather_fake(x: Tensor, indices: Tensor, cu_seqlens: Tensor, clip: Tensor) -
 def _gather_backward(
     grad: Tensor, indices: Tensor, cu_seqlens: Tensor, clip: Tensor, batch: int, length: int
 ) -> Tensor:
-    row = choose("gather_tokens", grad.device)
+    row = choose("gather_tokens", grad.device, grad)
     return row.backward(grad, indices, cu_seqlens, clip, batch, length)
 
 
@@ -92,7 +112,7 @@ def _scatter(
     check_offsets(cu_seqlens, clip.shape[0], indices.shape[0])
     check_ids("indices", indices, length, "tokens of a clip")
     check_ids("clip", clip, batch, "clips")
-    row = choose("scatter_tokens", values.device)
+    row = choose("scatter_tokens", values.device, values)
     return row.forward(values, indices, cu_seqlens, clip, batch, length, fill, fill_value)
 
 
@@ -112,7 +132,7 @@ def _scatter_fake(
 def _scatter_backward(
     grad: Tensor, indices: Tensor, cu_seqlens: Tensor, clip: Tensor, fill_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    row = choose("scatter_tokens", grad.device)
+    row = choose("scatter_tokens", grad.device, grad)
     return row.backward(grad, indices, cu_seqlens, clip, fill_dtype)
 
 

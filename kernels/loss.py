@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import _cpu_tokens, reference
 from ._checks import (
     FLOATS,
     check_device,
@@ -38,6 +38,16 @@ def _triton_unfit(prediction: Tensor, *arguments: object) -> str | None:
 
 
 register(triton_row("masked_l1_loss", "_triton_loss", "masked_l1_loss", "masked_l1_loss_backward", unfit=_triton_unfit))
+register(
+    Row(
+        "masked_l1_loss",
+        "cpu",
+        _cpu_tokens.masked_l1_loss,
+        _cpu_tokens.masked_l1_loss_backward,
+        _cpu_tokens.why_not,
+        _cpu_tokens.unfit_for_loss,
+    )
+)
 register(Row("masked_l1_loss", "reference", reference.masked_l1_loss, reference.masked_l1_loss_backward))
 
 
@@ -95,7 +105,7 @@ def _backward(
     statistics: Tensor,
     weights: Tensor | None,
 ) -> Tensor:
-    row = choose("masked_l1_loss", grad.device)
+    row = choose("masked_l1_loss", grad.device, prediction, features)
     return row.backward(grad, prediction, features, (indices, cu_seqlens, clip), statistics, weights)
 
 

@@ -7,22 +7,69 @@
     s <- m s + (1 - m) p                      then copies of p and s, rounded
 
 One pass over memory moves 40 bytes for a float32 parameter: read p, g, a, q, s; write p, a, q, s and two bfloat16
-copies. The reference takes three: torch's AdamW, the average, the copies.
+copies. The native library takes that one; the reference takes three: torch's AdamW, the average, the copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _native_adamw
+from . import _reference_optimizer as reference
 from ._checks import describe
 from ._dispatch import Row, choose, define, register
-from .ema import COPY_DTYPES, check_momentum, check_pairs, local, momentum_tensor
+from ._native import device_of, walkable
+from .ema import (
+    COPY_DTYPES,
+    by_device,
+    check_momentum,
+    check_pairs,
+    local,
+    local_list,
+    momentum_tensor,
+    native_cpu_why_not,
+    native_cuda_why_not,
+    native_unfit,
+)
 
+WIDE = (torch.float32,)
+
+
+def _unfit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    shadows: list[Tensor],
+    param_copies: list[Tensor],
+    shadow_copies: list[Tensor],
+    *numbers: object,
+) -> str | None:
+    for tensors in (params, exp_avgs, exp_avg_sqs, shadows):
+        if not walkable(tensors, WIDE):
+            other = next(tensor for tensor in tensors if not walkable([tensor], WIDE))
+            return f"it needs contiguous float32 parameters, moments and shadows, got {describe(other)}"
+    return native_unfit(grads, param_copies, shadow_copies)
+
+
+_cpu, _cuda = (partial(step, walked=True) for step in (_native_adamw.adamw_ema_cpu, _native_adamw.adamw_ema_cuda))
+register(Row("adamw_ema_", "cpu", _cpu, why_not=native_cpu_why_not, unfit=_unfit))
+register(
+    Row(
+        "adamw_ema_",
+        "cuda",
+        _cuda,
+        why_not=native_cuda_why_not,
+        unfit=_unfit,
+        automatic=False,  # before it has been measured against the reference on a GPU
+    )
+)
 register(Row("adamw_ema_", "reference", reference.adamw_ema_))
 
 
@@ -41,34 +88,19 @@ def _update(
     eps: float,
     weight_decay: float,
     momentum: float,
+    grad_factor: Tensor | None = None,
 ) -> None:
-    by_device: dict[torch.device, list[int]] = {}
-    for number, param in enumerate(params):
-        by_device.setdefault(param.device, []).append(number)
+    if grad_factor is not None and set(map(device_of, params)) - {grad_factor.device}:
+        raise ValueError(f"grad_factor must be on the device of all params, got {describe(grad_factor)}")
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, shadows, param_copies, shadow_copies)
-    for device, numbers in by_device.items():
-        own = [[tensors[n] for n in numbers] if tensors else [] for tensors in lists]
-        choose("adamw_ema_", device).forward(*own, lr, beta1, beta2, eps, weight_decay, momentum)
+    numbers = (lr, beta1, beta2, eps, weight_decay, momentum, grad_factor)
+    for device, own in by_device(*lists):
+        choose("adamw_ema_", device, *own, *numbers).forward(*own, *numbers)
     changed = (params, exp_avgs, exp_avg_sqs, steps, shadows, param_copies, shadow_copies)
     torch.autograd.graph.increment_version([tensor for tensors in changed for tensor in tensors])
 
 
-def _fake(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    shadows: list[Tensor],
-    param_copies: list[Tensor],
-    shadow_copies: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-) -> None:
+def _fake(*arguments: object, **options: object) -> None:
     return None
 
 
@@ -76,7 +108,7 @@ define(
     "adamw_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
     "Tensor(e!)[] shadows, Tensor(f!)[] param_copies, Tensor(g!)[] shadow_copies, float lr, float beta1, float beta2, "
-    "float eps, float weight_decay, float momentum) -> ()",
+    "float eps, float weight_decay, float momentum, Tensor? grad_factor=None) -> ()",
     _update,
     _fake,
 )
@@ -107,6 +139,9 @@ def _check_group(group: dict[str, Any]) -> tuple[float, float, float, float, flo
         _number("eps", group["eps"], 0),
         _number("weight_decay", group["weight_decay"], 0),
     )
+
+
+GradFactor = Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -168,8 +203,8 @@ class AdamWEMA(torch.optim.Optimizer):
                 raise ValueError("shadows must be sharded like params, got another placement")
         check_pairs(
             ("shadows", "params"),
-            [local(shadow) for shadow, _ in paired],
-            [local(param) for _, param in paired],
+            local_list(shadow for shadow, _ in paired),
+            local_list(param for _, param in paired),
             (torch.float32, torch.float64),
         )
         self._shadows: dict[Tensor, Tensor] = {param: shadow for shadow, param in paired}
@@ -200,49 +235,57 @@ class AdamWEMA(torch.optim.Optimizer):
                 shadow_copy.copy_(local(self._shadows[param]))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update; returns what `closure` returns (None without one)."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, grad_factor: GradFactor = None
+    ) -> Any:
+        """One update; returns what `closure` returns (None without one).
+
+        Args:
+            closure: computes the loss again, with gradients.
+            grad_factor: what gradients are multiplied by, such as unscaling times clipping: a float32 scalar on the
+                device of the parameters, or one (or None) for each group; it is not waited for. The gradients
+                themselves stay.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         hyper = [_check_group(group) for group in self.param_groups]
+        factors = self._check_factors(grad_factor)
         for group in self.param_groups:
             for param in group["params"]:
                 self._check_grad(param)
-        for group, (lr, beta1, beta2, eps, weight_decay) in zip(self.param_groups, hyper, strict=True):
-            with_grad = [param for param in group["params"] if param.grad is not None]
-            for param in with_grad:
-                self._init_state(param)
-            followed = [param for param in with_grad if param in self._shadows]
-            alone = [param for param in with_grad if param not in self._shadows]
+        for group, numbers, factor in zip(self.param_groups, hyper, factors, strict=True):
+            followed: list[Tensor] = []
+            alone: list[Tensor] = []
+            still: list[Tensor] = []
+            for param in group["params"]:
+                if param in self._shadows:
+                    (still if param.grad is None else followed).append(param)
+                elif param.grad is not None:
+                    alone.append(param)
             for params in (followed, alone):
                 if not params:
                     continue
-                states = [self.state[param] for param in params]
-                shadows = params is followed
+                states = [self._state_of(param) for param in params]
                 torch.ops.vjepa.adamw_ema_(
-                    [local(param) for param in params],
-                    [local(param.grad) for param in params],  # type: ignore[arg-type]
-                    [local(state["exp_avg"]) for state in states],
-                    [local(state["exp_avg_sq"]) for state in states],
+                    local_list(params),
+                    local_list(param.grad for param in params),  # type: ignore[misc]
+                    local_list(state["exp_avg"] for state in states),
+                    local_list(state["exp_avg_sq"] for state in states),
                     [state["step"] for state in states],
-                    self._local_shadows(params) if shadows else [],
-                    [self._copies_of[param][0] for param in params if param in self._copies_of],
-                    self._shadow_copies(params) if shadows else [],
-                    lr,
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay,
+                    self._local_shadows(params) if params is followed else [],
+                    self._copies(params, 0),
+                    self._copies(params, 1) if params is followed else [],
+                    *numbers,
                     self.momentum,
+                    factor,
                 )
-            still = [param for param in group["params"] if param.grad is None and param in self._shadows]
             if still:
                 torch.ops.vjepa.ema_update_(
                     self._local_shadows(still),
-                    [local(param) for param in still],
-                    self._shadow_copies(still),
+                    local_list(still),
+                    self._copies(still, 1),
                     momentum_tensor(self.momentum),
                 )
         return loss
@@ -262,18 +305,40 @@ class AdamWEMA(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def _local_shadows(self, params: Sequence[Tensor]) -> list[Tensor]:
-        return [local(self._shadows[param]) for param in params]
+        return local_list(self._shadows[param] for param in params)
 
-    def _shadow_copies(self, params: Sequence[Tensor]) -> list[Tensor]:
-        pairs = (self._copies_of[param] for param in params if param in self._copies_of)
-        return [shadow_copy for _, shadow_copy in pairs if shadow_copy is not None]
+    def _copies(self, params: Sequence[Tensor], place: int) -> list[Tensor]:
+        """Copies of the parameters (place 0) or of their shadows (1), all of which are there or none."""
+        pairs = (self._copies_of[param] for param in params if self.param_copies and param in self._copies_of)
+        return [pair[place] for pair in pairs]  # type: ignore[misc]
 
-    def _init_state(self, param: Tensor) -> None:
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+    def _check_factors(self, grad_factor: GradFactor) -> list[Tensor | None]:
+        """A factor or None for each group."""
+        if grad_factor is not None and not isinstance(grad_factor, Tensor | list | tuple):
+            raise TypeError(f"grad_factor must be a 0-d float32 tensor or a list, got {describe(grad_factor)}")
+        if grad_factor is None or isinstance(grad_factor, Tensor):
+            factors = [grad_factor] * len(self.param_groups)
+        else:
+            factors = list(grad_factor)
+        if len(factors) != len(self.param_groups):
+            raise ValueError(f"grad_factor must have {len(self.param_groups)} entries like groups, got {len(factors)}")
+        for factor, group in zip(factors, self.param_groups, strict=True):
+            if factor is None:
+                continue
+            if not isinstance(factor, Tensor) or factor.ndim or factor.dtype != torch.float32:
+                raise TypeError(f"grad_factor must be a 0-d float32 tensor, got {describe(factor)}")
+            for param in group["params"]:
+                if param.device != factor.device:
+                    raise ValueError(f"grad_factor must be on the device of {describe(param)}, got {describe(factor)}")
+        return factors
 
     @staticmethod
     def _check_grad(param: Tensor) -> None:

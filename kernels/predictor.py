@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cpu_predictor, reference
 from ._checks import (
     FLOATS,
     INTS,
@@ -24,11 +24,22 @@ from ._checks import (
     describe,
     lengths_tensor,
 )
+from ._cpu_tokens import why_not
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .tokens import TokenIndices, check_token_indices, check_within
 
 register(triton_row("predictor_tokens", "_triton_predictor", "predictor_tokens", "predictor_tokens_backward"))
+register(
+    Row(
+        "predictor_tokens",
+        "cpu",
+        _cpu_predictor.predictor_tokens,
+        _cpu_predictor.predictor_tokens_backward,
+        why_not,
+        _cpu_predictor.unfit,
+    )
+)
 register(Row("predictor_tokens", "reference", reference.predictor_tokens, reference.predictor_tokens_backward))
 
 
@@ -52,7 +63,8 @@ def _forward(
     check_ids("target_idx.indices", target_indices, pos_embed.shape[0], "rows of pos_embed")
     if kind.device.type == "cpu" and int(kind.min()) < 0:
         raise ValueError(f"kind must not be negative, got {int(kind.min())}")
-    row = choose("predictor_tokens", context.device)
+    dtypes = context.dtype, mask_tokens.dtype, pos_embed.dtype
+    row = choose("predictor_tokens", context.device, dtypes)
     return row.forward(context, mask_tokens, pos_embed, context_indices, context_cu, target_indices, target_cu, kind)
 
 
@@ -91,8 +103,8 @@ def _backward(
     pos_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = choose("predictor_tokens", grad.device)
     dtypes = (context_dtype, mask_dtype, pos_dtype)
+    row = choose("predictor_tokens", grad.device, dtypes)
     return row.backward(
         grad, context_indices, context_cu, target_indices, target_cu, kind, num_kinds, length, dtypes, needs
     )

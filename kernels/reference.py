@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: the specification, the fallback and the baseline. Imports torch alone.
+"""The operators in plain PyTorch: the specification, the fallback and the baseline. Imports torch alone.
 
 B clips, C channels, T x H x W video, (t, h, w) tubelet, L tokens of a clip, D features, S sets, N packed tokens,
 K = C*t*h*w values of a tubelet, G = number of heads, E = head_dim, M = kinds of mask tokens.
@@ -14,7 +14,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 # -------------------------------------------------------------------------------------------------- rows of ragged sets
 
@@ -363,7 +362,7 @@ def predictor_tokens_backward(
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
-def _token_shares(cu_seqlens: Tensor, weights: Tensor | None, total: int, dtype: torch.dtype) -> Tensor:
+def token_shares(cu_seqlens: Tensor, weights: Tensor | None, total: int, dtype: torch.dtype) -> Tensor:
     """[N] share of each token in the loss: w_i / (S * sum of w over its set), with w = 1 without weights."""
     sets = cu_seqlens.shape[0] - 1
     if weights is None:
@@ -379,7 +378,7 @@ def masked_l1_loss(
     wide = accumulator(prediction.dtype)
     rows = gather_tokens(features, *sets).to(wide)
     target, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
-    shares = _token_shares(sets[1], weights, rows.shape[0], wide)
+    shares = token_shares(sets[1], weights, rows.shape[0], wide)
     return (target.sub_(prediction).abs_().mean(1) * shares).sum(), torch.cat((mean, rstd), 1)
 
 
@@ -389,62 +388,5 @@ def masked_l1_loss_backward(
     """d loss / d prediction = share of the token * sign(prediction - target) / D, [N, D]."""
     mean, rstd = statistics.split(1, 1)
     target = gather_tokens(features, *sets).to(statistics.dtype).sub_(mean).mul_(rstd)
-    shares = _token_shares(sets[1], weights, target.shape[0], target.dtype) * (grad / target.shape[1])
+    shares = token_shares(sets[1], weights, target.shape[0], target.dtype) * (grad / target.shape[1])
     return torch.sub(prediction, target).sign_().mul_(shares[:, None]).to(prediction.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------- EMA and optimizer
-
-
-def ema_update_(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float) -> None:
-    """targets <- targets + (1 - momentum) (sources - targets), then copies <- targets."""
-    if not targets:
-        return
-    same = [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)]
-    torch._foreach_lerp_(targets, same, 1 - momentum)
-    if copies:
-        torch._foreach_copy_(copies, targets)
-
-
-def adamw_ema_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    shadows: list[Tensor],
-    param_copies: list[Tensor],
-    shadow_copies: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-) -> None:
-    """torch's AdamW on params, then the EMA of them in shadows, then both into their low-precision copies."""
-    if not params:
-        return
-    # torch's fused kernel wants the step counts where the params are; ours are on the host, where reading them is free
-    fused = params[0].device.type == "cpu"
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        foreach=not fused,
-        fused=fused,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
-    if shadows:
-        ema_update_(shadows, params, shadow_copies, momentum)
-    if param_copies:
-        torch._foreach_copy_(param_copies, params)

@@ -71,9 +71,9 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "auto", "triton"])
 def serving(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, forced on the ops that have it."""
+    """Each backend in turn, forced on the ops that have it; auto is the native library for what it can take on a CPU."""
     if request.param == "triton" and find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     with backend(request.param):

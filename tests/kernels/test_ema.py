@@ -12,6 +12,8 @@ from torch.library import opcheck
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vjepa.kernels import EMA, _dispatch, backend, ema_update_
+from vjepa.kernels import _reference_optimizer as reference
+from vjepa.kernels.ema import _update
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name, why in _dispatch.explain("ema_update_", CPU).items() if why.startswith("can run")]
@@ -117,12 +119,31 @@ def test_no_tensors_no_graph_and_versions():
             ValueError,
             "momentum must be between 0 and 1, got -1",
         ),
-        ([torch.zeros(2)], [torch.zeros(2)], torch.zeros(2), ValueError, "momentum must be a number or a 0-d tensor"),
+        ([torch.zeros(2)], [torch.zeros(2)], torch.zeros(2), ValueError, "momentum must be a number, a 0-d tensor"),
     ],
 )
 def test_refuses(targets, sources, momentum, error, sentence):
     with pytest.raises(error, match=sentence):
         ema_update_(targets, sources, momentum)
+
+
+def test_a_momentum_on_a_device_belongs_to_the_targets():
+    pairs = [torch.zeros(2)], [torch.ones(2)]
+    with pytest.raises(
+        ValueError, match=r"momentum must be .* a 0-d float64 tensor on a device, got \(\) float32 on meta"
+    ):
+        ema_update_(*pairs, torch.zeros((), device="meta"))
+    with pytest.raises(ValueError, match="momentum must be on the device of all targets or on the CPU, got"):
+        _update(*pairs, [], torch.zeros((), dtype=torch.float64, device="meta"))
+    assert not pairs[0][0].any()
+
+
+def test_the_reference_takes_a_momentum_that_nobody_reads():
+    read, sources = [torch.randn(5)], [torch.randn(5)]
+    unread = [read[0].clone()]
+    reference.ema_update_(read, sources, [], 0.99)
+    reference.ema_update_(unread, sources, [], torch.tensor(0.99, dtype=torch.float64))
+    assert torch.equal(read[0], unread[0])
 
 
 def test_nothing_is_written_if_any_pair_is_bad():

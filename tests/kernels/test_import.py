@@ -114,7 +114,7 @@ def test_diagnostics():
         assert lines[op].split()[1] in ("sdpa", "cpu", "reference"), lines[op]
     assert "backends on cpu (VJEPA_KERNELS=auto)" in done.stdout
     assert "sdpa: can run, reference: can run" in lines["varlen_attention"]
-    assert "not cuda: it serves tensors on a CUDA device (ema_update_)" in done.stdout
+    assert "not cuda: it serves tensors on a CUDA device (adamw_ema_, ema_update_)" in done.stdout
     assert "not flash_attn_2: it serves CUDA devices, not cpu (varlen_attention)" in done.stdout
     (why,) = (line for line in done.stdout.splitlines() if WITHOUT_TRITON.search(line))
     assert set(IN_TRITON) <= set(re.split(r"[(), ]+", why))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from vjepa.kernels import _native
+from vjepa.kernels import _native, _native_ema
 
 AVAILABLE, REASON = _native.available()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -34,11 +39,11 @@ def tensors(sizes, source_dtype, copy_dtype, shift=0):
     return targets, sources, [view(torch.full((n + shift,), torch.nan, dtype=copy_dtype)) for n in sizes]
 
 
-def cuda_code_on_host(targets, sources, momentum, copies=None, chunk_elements=_native.CHUNK_ELEMENTS):
+def cuda_code_on_host(targets, sources, momentum, copies=None, chunk_elements=_native_ema.CHUNK_ELEMENTS, scalar=None):
     """What the CUDA kernel does with these tensors: the same tables, the same blocks and threads, on the host."""
-    table = _native._entries(targets, sources, copies, "cpu")
-    chunks = _native._plan(table, chunk_elements)
-    _native._check(_native._library().vjepa_ema_cuda_on_host(table, chunks, len(chunks), momentum))
+    table = _native_ema.entries(targets, sources, copies, "cpu")
+    chunks = _native_ema.chunks_of(table, chunk_elements)
+    _native.check(_native.library().vjepa_ema_cuda_on_host(table, chunks, len(chunks), momentum, scalar))
     return chunks
 
 
@@ -56,9 +61,9 @@ def assert_formula(before, sources, after, copies, momentum=MOMENTUM):
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("copy_dtype", COPIES, ids=str)
 @pytest.mark.parametrize("source_dtype", SOURCES, ids=str)
-@pytest.mark.parametrize("update", [_native.ema_update_cpu, cuda_code_on_host], ids=["cpu", "cuda on host"])
+@pytest.mark.parametrize("update", [_native_ema.ema_update_cpu, cuda_code_on_host], ids=["cpu", "cuda on host"])
 def test_ema_is_its_formula(update, source_dtype, copy_dtype, shift):
-    sizes = SIZES if update is _native.ema_update_cpu else SIZES[:-1]
+    sizes = SIZES if update is _native_ema.ema_update_cpu else SIZES[:-1]
     targets, sources, copies = tensors(sizes, source_dtype, copy_dtype, shift)
     before = [t.clone() for t in targets]
     update(targets, sources, MOMENTUM, copies)
@@ -69,7 +74,7 @@ def test_ema_is_its_formula(update, source_dtype, copy_dtype, shift):
 def test_cuda_code_gives_the_bits_of_the_cpu(source_dtype):
     sizes = (5, 300_007, 0, 65_536)
     results = []
-    for update in (_native.ema_update_cpu, cuda_code_on_host):
+    for update in (_native_ema.ema_update_cpu, cuda_code_on_host):
         targets, sources, copies = tensors(sizes, source_dtype, torch.bfloat16)
         update(targets, sources, MOMENTUM, copies)
         results.append((targets, copies))
@@ -77,11 +82,115 @@ def test_cuda_code_gives_the_bits_of_the_cpu(source_dtype):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_thread_count_does_not_change_a_bit():
+def updated(threads):
+    targets, sources, copies = tensors((2**20 + 3, 1, 2**19 + 1), torch.float32, torch.bfloat16)
+    _native_ema.ema_update_cpu(targets, sources, MOMENTUM, copies, threads=threads)
+    return [*targets, *copies]
+
+
+@pytest.fixture(params=["PyTorch's threads", "own threads"])
+def team(request):
+    """Both kinds of threads, if PyTorch's OpenMP runtime has the interface."""
+    address = _native.openmp_team()
+    if request.param == "own threads":
+        _native.library().vjepa_set_team(None)
+    elif address is None:
+        pytest.skip("PyTorch's OpenMP runtime has no GOMP_parallel")
+    yield request.param
+    _native.library().vjepa_set_team(address)
+
+
+def test_neither_the_threads_nor_their_number_change_a_bit(team):
+    alone = updated(1)
+    for threads in (2, 3, 64):
+        assert all(torch.equal(a, b) for a, b in zip(alone, updated(threads), strict=True))
+
+
+def test_many_tensors_at_once(team):
+    sizes = [(n * 7919) % 2003 for n in range(1000)]
+    targets, sources, _ = tensors(sizes, torch.float32, None)
+    before = [t.clone() for t in targets]
+    _native_ema.ema_update_cpu(targets, sources, MOMENTUM, threads=3)
+    assert_formula(before, sources, targets, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_forked_child_computes_with_threads_of_its_own():
+    """In an interpreter of its own, because forking one with threads is only right for a moment."""
+    code = """
+import os, torch
+from vjepa.kernels import _native_ema
+targets, sources = [torch.zeros(2**21)], [torch.ones(2**21)]
+_native_ema.ema_update_cpu(targets, sources, 0.5, threads=2)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # PyTorch's own threads stay behind in the parent, and it would wait for them
+    _native_ema.ema_update_cpu(targets, sources, 0.5, threads=2)
+    os._exit(0 if bool((targets[0] == 0.75).all()) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def folded(numel, first, last, folder):
+    """`numel` float32 elements that take little memory: the first 4 MiB again and again, and then a last page.
+
+    Returns the tensor, its first piece and its last page; they hold `first` and `last`.
+    """
+    fold, page, readable, shared, fixed = 1 << 22, 1 << 12, 3, 1, 16
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    room = mmap.mmap(-1, 4 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(fold)
+        for offset in range(0, 4 * numel - page, fold):
+            size = min(fold, 4 * numel - page - offset)
+            assert libc.mmap(start + offset, size, readable, shared | fixed, file.fileno(), 0) == start + offset
+    whole = torch.frombuffer(room, dtype=torch.float32)
+    piece, end = whole[: fold // 4], whole[-page // 4 :]
+    piece.fill_(first)
+    end.fill_(last)
+    return whole, piece, end
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
+def test_beyond_two_to_the_31_elements(tmp_path):
+    """All elements of 8 GiB targets; only the last page, beyond 2^31, tells how often it was updated: once."""
+    numel = 2**31 + 2**20
+    target, piece, end = folded(numel, 1.0, 8.0, tmp_path)
+    source, _, _ = folded(numel, 1.0, 0.0, tmp_path)
+    _native_ema.ema_update_cpu([target], [source], 0.5, threads=2)
+    assert torch.equal(end, torch.full_like(end, 4.0))
+    assert torch.equal(piece, torch.ones_like(piece))  # equal to its source, it stays, however often it is updated
+
+
+def test_the_cuda_code_reaches_beyond_two_to_the_31_elements():
+    """Only the last chunk of tensors whose other pages no one touches."""
+    target, source = torch.empty(2**31 + 67), torch.empty(2**31 + 67)
+    target[-67:], source[-67:] = 1.0, 2.0
+    table = _native_ema.entries([target], [source], None, "cpu")
+    chunks = (_native.Chunk * 1)(_native.Chunk(0, 2**31, 2**31 + 67, 1))
+    _native.check(_native.library().vjepa_ema_cuda_on_host(table, chunks, 1, 0.5, None))
+    assert torch.equal(target[-67:], torch.full((67,), 1.5))
+
+
+def test_from_several_threads_at_once():
+    def work(number):
+        return all(torch.equal(a, b) for a, b in zip(alone, updated(2), strict=True))
+
+    alone = updated(1)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(12)))
+
+
+def test_the_momentum_may_be_read_from_the_device():
     results = []
-    for threads in (1, 2, 3, 64):
-        targets, sources, copies = tensors((2**20 + 3, 1, 2**19 + 1), torch.float32, torch.bfloat16)
-        _native.ema_update_cpu(targets, sources, MOMENTUM, copies, threads=threads)
+    for momentum, scalar in ((MOMENTUM, None), (0.5, ctypes.c_double(MOMENTUM)), (7.0, ctypes.c_double(MOMENTUM))):
+        targets, sources, copies = tensors((65, 3), torch.float32, torch.bfloat16)
+        cuda_code_on_host(targets, sources, momentum, copies, scalar=scalar and ctypes.addressof(scalar))
         results.append([*targets, *copies])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -96,7 +205,7 @@ def test_copies_round_as_pytorch_does(copy_dtype):
     values = torch.cat([bits, ties, half.view(torch.int32), between]).view(torch.float32)
     copy = torch.empty(len(values), dtype=copy_dtype)
     target = values.clone()
-    _native.ema_update_cpu([target], [torch.zeros_like(values)], 1.0, [copy])
+    _native_ema.ema_update_cpu([target], [torch.zeros_like(values)], 1.0, [copy])
     expected = target.to(copy_dtype)
     number = ~expected.isnan()
     assert torch.equal(copy.isnan(), ~number)
@@ -106,7 +215,7 @@ def test_copies_round_as_pytorch_does(copy_dtype):
 def test_every_finite_float16_is_read_exactly_and_no_other_passes_for_finite():
     source = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     target = torch.zeros(2**16)
-    _native.ema_update_cpu([target], [source], 0.0)
+    _native_ema.ema_update_cpu([target], [source], 0.0)
     finite = source.isfinite()
     assert torch.equal(target.isfinite(), finite)
     assert torch.equal(target[finite], source[finite].float())
@@ -116,7 +225,7 @@ def test_every_finite_float16_is_read_exactly_and_no_other_passes_for_finite():
 def test_ends_of_the_momentum(momentum):
     targets, sources, _ = tensors((1009,), torch.float32, None)
     expected = targets[0].clone() if momentum else sources[0].clone()
-    _native.ema_update_cpu(targets, sources, momentum)
+    _native_ema.ema_update_cpu(targets, sources, momentum)
     assert torch.equal(targets[0], expected)
 
 
@@ -125,7 +234,7 @@ def test_a_target_equal_to_its_source_does_not_drift(momentum):
     targets, _, _ = tensors((1009,), torch.float32, None)
     before = targets[0].clone()
     for _ in range(100):
-        _native.ema_update_cpu(targets, [before], momentum)
+        _native_ema.ema_update_cpu(targets, [before], momentum)
     assert torch.equal(targets[0], before)
 
 
@@ -133,7 +242,7 @@ def test_a_target_equal_to_its_source_does_not_drift(momentum):
 def test_both_ends_of_the_step_keep_the_formula(momentum):
     targets, sources, copies = tensors((1009,), torch.float32, torch.float16)
     before = [t.clone() for t in targets]
-    _native.ema_update_cpu(targets, sources, momentum, copies)
+    _native_ema.ema_update_cpu(targets, sources, momentum, copies)
     assert_formula(before, sources, targets, copies, momentum)
 
 
@@ -155,7 +264,7 @@ def test_misaligned_tensors_are_not_packed():
 
 
 def test_nothing_to_do():
-    _native.ema_update_cpu([], [], 0.5)
+    _native_ema.ema_update_cpu([], [], 0.5)
     assert len(cuda_code_on_host([], [], 0.5)) == 0
 
 
@@ -165,8 +274,8 @@ def test_nothing_to_do():
         ({"momentum": 1.5}, _native.NativeError, "momentum is not between 0 and 1"),
         ({"momentum": float("nan")}, _native.NativeError, "momentum is not between 0 and 1"),
         ({"threads": 0}, _native.NativeError, "number of threads is less than 1"),
-        ({"sources": []}, ValueError, "sources: expected 1 tensors, one for each target, got 0"),
-        ({"copies": []}, ValueError, "copies: expected 1 tensors, one for each target, got 0"),
+        ({"sources": []}, ValueError, "sources: expected 1 tensors, one for each of targets, got 0"),
+        ({"copies": []}, ValueError, "copies: expected 1 tensors, one for each of targets, got 0"),
         ({"sources": [torch.zeros(3)]}, ValueError, r"sources\[0\]: expected shape \(4,\), got \(3,\)"),
         (
             {"sources": [torch.zeros(4, dtype=torch.int32)]},
@@ -186,8 +295,23 @@ def test_nothing_to_do():
 def test_refusals_are_sentences(change, error, sentence):
     arguments = {"targets": [torch.zeros(4)], "sources": [torch.ones(4)], "momentum": 0.5, **change}
     with pytest.raises(error, match=sentence):
-        _native.ema_update_cpu(**arguments)
+        _native_ema.ema_update_cpu(**arguments)
     assert not any(target.float().any() for target in arguments["targets"])
+
+
+def test_memory_that_is_written_belongs_to_one_tensor():
+    storage, other = torch.zeros(64), torch.zeros(64)
+    pairs = {
+        "two targets": ([storage[:40], storage[39:]], [other[:40], other[:25]]),
+        "a target and a source": ([storage[:40]], [storage[24:]]),
+        "twice the same": ([storage, storage], [other, other]),
+    }
+    for name, (targets, sources) in pairs.items():
+        with pytest.raises(_native.NativeError, match="a tensor that is written shares memory with another one"):
+            _native_ema.ema_update_cpu(targets, [source + 0 if "two" in name else source for source in sources], 0.5)
+        assert not storage.any()
+    _native_ema.ema_update_cpu([storage[:32], storage[32:]], [other[:32] + 1] * 2, 0.5)  # neighbours, one source
+    assert torch.equal(storage, torch.full((64,), 0.5))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +320,7 @@ def test_refusals_are_sentences(change, error, sentence):
         ({"target": None}, "a pointer to at least one element is null"),
         ({"copy_dtype": 2}, "a pointer to at least one element is null"),
         ({"numel": -1}, "a size is negative"),
+        ({"numel": 2**61}, "a size is negative, too large"),
         ({"source_dtype": 3}, "a dtype is none of those"),
         ({"copy_dtype": 0}, "a dtype is none of those"),
         ({"source": 2}, "a pointer is not aligned"),
@@ -203,26 +328,26 @@ def test_refusals_are_sentences(change, error, sentence):
 )
 def test_the_library_checks_the_table_itself(change, sentence):
     target, source = torch.zeros(4), torch.ones(4)
-    table = _native._entries([target], [source], None, "cpu")
+    table = _native_ema.entries([target], [source], None, "cpu")
     for name, value in change.items():
         setattr(table[0], name, value)
     with pytest.raises(_native.NativeError, match=sentence):
-        _native._check(_native._library().vjepa_ema_cpu(table, 1, 0.5, 1))
+        _native.check(_native.library().vjepa_ema_cpu(table, 1, 0.5, 1))
     assert not target.any()
 
 
 def test_a_short_chunk_table_is_refused():
-    table = _native._entries([torch.zeros(100)], [torch.zeros(100)], None, "cpu")
+    table = _native_ema.entries([torch.zeros(100)], [torch.zeros(100)], None, "cpu")
     chunks, count = (_native.Chunk * 1)(), ctypes.c_int64()
-    status = _native._library().vjepa_ema_plan(table, 1, 64, chunks, 1, ctypes.byref(count))
+    status = _native.library().vjepa_ema_plan(table, 1, 64, chunks, 1, ctypes.byref(count))
     with pytest.raises(_native.NativeError, match="the chunk table is too small"):
-        _native._check(status)
+        _native.check(status)
 
 
 def test_every_status_has_its_own_sentence():
-    library = _native._library()
-    sentences = {library.vjepa_status_string(status) for status in range(10)}
-    assert len(sentences) == 10
+    library = _native.library()
+    sentences = {library.vjepa_status_string(status) for status in range(11)}
+    assert len(sentences) == 11
     assert b"unknown status" not in sentences
 
 
@@ -231,7 +356,7 @@ def test_cuda_without_a_gpu_or_without_the_part_is_refused():
         pytest.skip("there is a GPU")
     assert _native.cuda_available()[1]
     with pytest.raises(_native.NativeError):
-        _native._check(_native._library().vjepa_ema_cuda(ctypes.c_void_p(16), ctypes.c_void_p(16), 1, 0.5, 0, None))
+        _native.check(_native.library().vjepa_ema_cuda(ctypes.c_void_p(16), ctypes.c_void_p(16), 1, 0.5, None, 0, None))
 
 
 def test_build_info_says_what_was_built_and_no_date():
@@ -250,8 +375,23 @@ def test_gpu_gives_the_bits_of_the_cpu(source_dtype, copy_dtype):
     for shift in (0, 1):
         targets, sources, copies = tensors(SIZES, source_dtype, copy_dtype, shift)
         on_gpu = [None if part is None else [t.cuda()[:] for t in part] for part in (targets, sources, copies)]
-        _native.ema_update_cpu(targets, sources, MOMENTUM, copies)
-        _native.ema_update_cuda(on_gpu[0], on_gpu[1], MOMENTUM, on_gpu[2])
+        _native_ema.ema_update_cpu(targets, sources, MOMENTUM, copies)
+        _native_ema.ema_update_cuda(on_gpu[0], on_gpu[1], MOMENTUM, on_gpu[2])
         assert all(torch.equal(a, b.cpu()) for a, b in zip(targets, on_gpu[0], strict=True))
         if copies is not None:
             assert all(torch.equal(a, b.cpu()) for a, b in zip(copies, on_gpu[2], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _native.cuda_available()[0], reason=_native.cuda_available()[1] or "CUDA is there")
+def test_a_cuda_graph_reads_the_momentum_anew():
+    targets, sources, _ = tensors((1009, 3), torch.float32, None)
+    targets, sources = [t.cuda() for t in targets], [s.cuda() for s in sources]
+    momentum = torch.ones((), dtype=torch.float64, device="cuda")
+    _native_ema.ema_update_cuda(targets, sources, momentum)  # the table goes to the device
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _native_ema.ema_update_cuda(targets, sources, momentum)
+    momentum.fill_(0)
+    graph.replay()
+    assert all(torch.equal(t, s) for t, s in zip(targets, sources, strict=True))

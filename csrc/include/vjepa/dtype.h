@@ -47,6 +47,11 @@ template <class T>
 VJEPA_HOST_DEVICE T from_float(float value);
 
 template <>
+VJEPA_HOST_DEVICE float from_float<float>(float value) {
+  return value;
+}
+
+template <>
 VJEPA_HOST_DEVICE bfloat16 from_float<bfloat16>(float value) {
   const uint32_t bits = bits_from_float(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

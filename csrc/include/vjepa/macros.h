@@ -10,8 +10,8 @@
 // One clone of a host function per instruction set, chosen when the library is loaded: a wheel runs on every x86-64 and
 // is fast on a recent one. It needs ifunc support, that is GCC or Clang on glibc.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__CUDACC__) && defined(__GNUC__)
-#define VJEPA_MULTIVERSION __attribute__((target_clones("avx2", "default")))
-#define VJEPA_INSTRUCTION_SETS "avx2 default"
+#define VJEPA_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#define VJEPA_INSTRUCTION_SETS "avx512f avx2 default"
 #else
 #define VJEPA_MULTIVERSION
 #define VJEPA_INSTRUCTION_SETS "default"

@@ -1,0 +1,283 @@
+"""The native optimizer step against its equations in float64, on the CPU and as the CUDA kernel's code on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+import torch
+
+from vjepa.kernels import _native, _native_adamw
+
+AVAILABLE, REASON = _native.available()
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
+
+SIZES = (0, 1, 7, 127, 1009, 4096, 20_011)
+LARGE = (2**20 + 3, 1, 2**22 - 2**20)  # together so many that copies go past the caches
+GRADS = (torch.float32, torch.bfloat16, torch.float16)
+COPIES = (None, torch.bfloat16, torch.float16)
+NUMBERS = (1e-2, 0.9, 0.95, 1e-8, 0.1, 0.99)  # lr, beta1, beta2, eps, weight decay, momentum
+DONE = 6  # steps before this one
+
+
+def make_lists(sizes, grad_dtype=torch.float32, copy_dtype=None, shadows=True, shift=0, done=DONE):
+    """What a step takes, in its order; views that begin `shift` elements into their storage, copies full of NaN."""
+    generator = torch.Generator().manual_seed(sum(sizes) + shift)
+
+    def draw(make=torch.randn):
+        return [make(n + shift, generator=generator)[shift:] for n in sizes]
+
+    params, grads = draw(), [(g + 0).to(grad_dtype) for g in draw()]
+    grads = [torch.cat((grad.new_zeros(shift), grad))[shift:] for grad in grads]
+    lists = [params, grads, draw(), draw(torch.rand), [torch.tensor(float(done)) for _ in sizes]]
+    lists.append(draw() if shadows else [])
+    for there in (copy_dtype is not None, shadows and copy_dtype is not None):
+        blank = [torch.full((n + shift,), torch.nan, dtype=copy_dtype)[shift:] for n in sizes]
+        lists.append(blank if there else [])
+    return lists
+
+
+def table_of(lists):
+    params, grads, exp_avgs, exp_avg_sqs, steps, *rest = lists
+    groups, rows = _native_adamw.groups_of(steps, NUMBERS[:5])
+    zeros = [0] * len(params)
+    return _native_adamw.entries(params, grads, exp_avgs, exp_avg_sqs, *rest, zeros, groups, "cpu"), rows
+
+
+def cuda_code_on_host(lists, scalars=None, momentum=NUMBERS[-1], chunk_elements=_native_adamw.CHUNK_ELEMENTS):
+    """What the CUDA kernel does with these tensors: the same tables, the same blocks and threads, on the host."""
+    table, rows = table_of(lists)
+    chunks = _native_adamw.chunks_of(table, chunk_elements)
+    function = _native.library().vjepa_adamw_cuda_on_host
+    _native.check(function(table, chunks, len(chunks), rows, len(rows), scalars, momentum))
+    for step in lists[4]:
+        step += 1
+
+
+def on_cpu(lists, scalars=None, momentum=NUMBERS[-1], threads=2):
+    table, rows = table_of(lists)
+    function = _native.library().vjepa_adamw_cpu
+    _native.check(function(table, len(table), rows, len(rows), scalars, momentum, threads))
+    for step in lists[4]:
+        step += 1
+
+
+def public(lists):
+    _native_adamw.adamw_ema_cpu(*lists, *NUMBERS)
+
+
+def clone(lists):
+    return [[tensor.clone() for tensor in tensors] for tensors in lists]
+
+
+def same(first, second):
+    """Bit for bit, NaN included."""
+    pairs = [pair for ours, others in zip(first, second, strict=True) for pair in zip(ours, others, strict=True)]
+    return all(torch.equal(a.nan_to_num(7e4), b.nan_to_num(7e4)) for a, b in pairs)
+
+
+def assert_equations(before, after, factor=1.0):
+    """Within a few roundings of the terms that are added; shadow and copies of the parameter as it came out."""
+    lr, beta1, beta2, eps, weight_decay, momentum = NUMBERS
+    unit = 2.0**-23
+    for k, (param, grad, first, second, step) in enumerate(zip(*before[:5], strict=True)):
+        p, g, a, q = (tensor.double() for tensor in (param, grad, first, second))
+        g, number = g * factor, float(step) + 1
+        moved = beta1 * a + (1 - beta1) * g, beta2 * q + (1 - beta2) * g**2
+        root = (moved[1] / (1 - beta2**number)).sqrt() + eps
+        change = lr / (1 - beta1**number) * moved[0] / root
+        expected = p * (1 - lr * weight_decay) - change
+        new_param, _, new_first, new_second = (tensors[k].double() for tensors in after[:4])
+        assert torch.all((new_first - moved[0]).abs() <= unit * (a.abs() + 4 * g.abs()))
+        assert torch.all((new_second - moved[1]).abs() <= 4 * unit * (moved[1] + 1e-37))
+        slack = lr * 4 * unit * (a.abs() + 4 * g.abs()) / root  # of the numerator, whose terms may cancel
+        assert torch.all((new_param - expected).abs() <= unit * (2 * p.abs() + 8 * change.abs()) + slack)
+        assert float(after[4][k]) == number
+        if before[5]:
+            mean = momentum * before[5][k].double() + (1 - momentum) * new_param
+            assert torch.all((after[5][k].double() - mean).abs() <= unit * (mean.abs() + before[5][k].abs() + p.abs()))
+        for copies, tensors in zip(after[6:], (after[0], after[5]), strict=True):
+            assert not copies or torch.equal(copies[k], tensors[k].to(copies[k].dtype))
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("shadows", [True, False], ids=["followed", "alone"])
+@pytest.mark.parametrize("copy_dtype", COPIES, ids=str)
+@pytest.mark.parametrize("grad_dtype", GRADS, ids=str)
+def test_step_is_its_equations_in_the_same_bits_everywhere(grad_dtype, copy_dtype, shadows, shift):
+    before = make_lists(SIZES, grad_dtype, copy_dtype, shadows, shift)
+    after, of_cuda, alone = clone(before), make_lists(SIZES, grad_dtype, copy_dtype, shadows, shift), clone(before)
+    public(after)
+    cuda_code_on_host(of_cuda)
+    on_cpu(alone, threads=1)
+    assert_equations(before, after)
+    assert same(after, of_cuda)
+    assert same(after, alone)
+
+
+@pytest.mark.parametrize("copy_dtype", COPIES, ids=str)
+def test_large_tensors_and_any_number_of_threads(copy_dtype):
+    before = make_lists(LARGE, copy_dtype=copy_dtype)
+    results = []
+    address = _native.openmp_team()
+    for team, threads in ((None, 1), (None, 3), (address, 2), (address, 3)):
+        _native.library().vjepa_set_team(team)
+        results.append(clone(before))
+        on_cpu(results[-1], threads=threads)
+    _native.library().vjepa_set_team(address)
+    assert_equations(before, results[0])
+    for other in results[1:]:
+        assert same(results[0], other)
+    cuda_code_on_host(before)
+    assert same(results[0], before)
+
+
+def test_a_thousand_tensors():
+    before = make_lists([(n * 7919) % 503 for n in range(1000)], copy_dtype=torch.bfloat16)
+    after = clone(before)
+    public(after)
+    assert_equations(before, after)
+
+
+def test_tensors_may_have_done_different_numbers_of_steps():
+    before = make_lists((100, 50, 70))
+    for step, done in zip(before[4], (0.0, 1e6, 3.0), strict=True):
+        step.fill_(done)
+    after, of_cuda = clone(before), clone(before)
+    public(after)
+    cuda_code_on_host(of_cuda)
+    assert_equations(before, after)
+    assert same(after, of_cuda)
+
+
+@pytest.mark.parametrize("step", [on_cpu, cuda_code_on_host], ids=["cpu", "cuda on host"])
+def test_gradients_are_multiplied_by_a_factor_read_late(step):
+    factor = ctypes.c_float(0.125)
+    before = make_lists(SIZES, torch.bfloat16)
+    after = clone(before)
+    step(after, _native.AdamWScalars(ctypes.addressof(factor), None, None))
+    assert_equations(before, after, 0.125)
+
+
+@pytest.mark.parametrize("step", [on_cpu, cuda_code_on_host], ids=["cpu", "cuda on host"])
+def test_an_infinite_gradient_leaves_all_but_the_averages(step):
+    found, none = ctypes.c_float(1), ctypes.c_float(0)
+    before = make_lists(SIZES, copy_dtype=torch.bfloat16)
+    after, plain, not_found = clone(before), clone(before), clone(before)
+    step(after, _native.AdamWScalars(None, ctypes.addressof(found), None))
+    for kept in (0, 2, 3, 6):
+        assert same(before[kept : kept + 1], after[kept : kept + 1])
+    for k, shadow in enumerate(before[5]):
+        expected = NUMBERS[-1] * shadow.double() + (1 - NUMBERS[-1]) * before[0][k].double()
+        torch.testing.assert_close(after[5][k].double(), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(after[7][k], after[5][k].bfloat16())
+    step(plain)
+    step(not_found, _native.AdamWScalars(None, ctypes.addressof(none), None))
+    assert same(plain, not_found)
+
+
+def test_lr_step_and_momentum_may_be_read_late():
+    """What a CUDA graph needs: the numbers lie beside the tensors."""
+    before = make_lists((65, 4096))
+    plain = clone(before)
+    on_cpu(plain)
+    lr, number, momentum = ctypes.c_float(NUMBERS[0]), ctypes.c_float(DONE), ctypes.c_double(NUMBERS[-1])
+    table, rows = table_of(before)
+    for row in table:
+        row.step = ctypes.addressof(number)
+    rows[0].step, rows[0].lr, rows[0].lr_address = 0, 5.0, ctypes.addressof(lr)
+    scalars = _native.AdamWScalars(None, None, ctypes.addressof(momentum))
+    chunks = _native_adamw.chunks_of(table)
+    function = _native.library().vjepa_adamw_cuda_on_host
+    _native.check(function(table, chunks, len(chunks), rows, len(rows), scalars, math.nan))
+    for ours, others in zip(before[:4], plain[:4], strict=True):
+        for one, other in zip(ours, others, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)  # lr is float32 there
+
+
+def test_beyond_two_to_the_31_elements():
+    """Only the last chunk of tensors whose other pages no one touches."""
+    numel = 2**31 + 4096 + 3
+    lists = [[torch.empty(numel)] for _ in range(4)]
+    tails = make_lists((4096 + 3,))
+    for whole, tail in zip(lists, tails[:4], strict=True):
+        whole[0][2**31 :] = tail[0]
+    table, rows = table_of([*lists, tails[4], [], [], []])
+    chunks = (_native.Chunk * 1)(_native.Chunk(0, 2**31, numel, 1))
+    function = _native.library().vjepa_adamw_cuda_on_host
+    _native.check(function(table, chunks, 1, rows, len(rows), None, 0.5))
+    on_cpu(tails)
+    for whole, tail in zip(lists, tails[:4], strict=True):
+        assert torch.equal(whole[0][2**31 :], tail[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({0: [torch.zeros(4, dtype=torch.float64)]}, TypeError, r"params\[0\]: expected dtype torch.float32"),
+        ({1: [torch.zeros(3)]}, ValueError, r"grads\[0\]: expected shape \(4,\), got \(3,\)"),
+        ({2: []}, ValueError, "exp_avgs: expected 1 tensors, one for each of params, got 0"),
+        ({3: [torch.zeros(8)[::2]]}, ValueError, r"exp_avg_sqs\[0\]: expected a contiguous tensor"),
+        ({4: []}, ValueError, "steps: expected 1 tensors"),
+        ({4: [torch.zeros(1)]}, ValueError, r"steps\[0\]: expected a float32 scalar on cpu"),
+        ({4: [torch.tensor(-1.0)]}, _native.NativeError, "step of a group is out of range"),
+        ({5: [torch.zeros(4).bfloat16()]}, TypeError, r"shadows\[0\]: expected dtype torch.float32"),
+        ({6: [torch.zeros(4)]}, TypeError, r"param_copies\[0\]: expected dtype"),
+        ({7: []}, ValueError, "shadow_copies: expected them with shadows and param_copies, and only then"),
+        ({7: [torch.zeros(4).half()]}, TypeError, "shadow_copies: expected the dtypes of param_copies"),
+    ],
+)
+def test_refuses_tensors_and_changes_nothing(change, error, sentence):
+    lists = make_lists((4,), copy_dtype=torch.bfloat16)
+    for place, tensors in change.items():
+        lists[place] = tensors
+    before = clone(lists)
+    with pytest.raises(error, match=sentence):
+        public(lists)
+    assert same(before, lists)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(0, -1.0), (0, math.nan), (1, 1.0), (2, -0.1), (3, math.nan), (4, -1.0), (5, 1.5)]
+)
+def test_refuses_numbers_and_changes_nothing(place, value):
+    lists = make_lists((4,))
+    before, numbers = clone(lists), list(NUMBERS)
+    numbers[place] = value
+    with pytest.raises(_native.NativeError, match=r"out of range|momentum is not between 0 and 1"):
+        _native_adamw.adamw_ema_cpu(*lists, *numbers)
+    assert same(before, lists)
+
+
+def test_refuses_tensors_that_share_memory():
+    lists = make_lists((4,))
+    before = clone(lists)
+    for place in (1, 2, 5):
+        shared = [*lists]
+        shared[place] = lists[0]
+        with pytest.raises(_native.NativeError, match="a tensor that is written shares memory with another one"):
+            public(shared)
+    assert same(before, lists)
+
+
+def test_refuses_a_group_that_is_not_there():
+    table, rows = table_of(make_lists((4,)))
+    table[0].group = 1
+    with pytest.raises(_native.NativeError, match="a tensor names no group that is there"):
+        _native.check(_native.library().vjepa_adamw_cpu(table, 1, rows, 1, None, 0.5, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _native.cuda_available()[0], reason=_native.cuda_available()[1] or "CUDA is there")
+@pytest.mark.parametrize("copy_dtype", COPIES, ids=str)
+@pytest.mark.parametrize("grad_dtype", GRADS, ids=str)
+def test_gpu_gives_the_bits_of_the_cpu(grad_dtype, copy_dtype):
+    for shift in (0, 1):
+        lists = make_lists(SIZES, grad_dtype, copy_dtype, shift=shift)
+        on_gpu = [[t.cuda()[:] if place != 4 else t.clone() for t in tensors] for place, tensors in enumerate(lists)]
+        factor = torch.tensor(0.5)
+        for _ in range(3):
+            _native_adamw.adamw_ema_cpu(*lists, *NUMBERS, factor)
+            _native_adamw.adamw_ema_cuda(*on_gpu, *NUMBERS, factor.cuda())
+        assert same(lists, [[t.cpu() for t in tensors] for tensors in on_gpu])
