@@ -72,22 +72,6 @@ VJEPA_API int32_t vjepa_l1_backward_cpu(const vjepa_sets *sets, const vjepa_rows
                                         int64_t stride, int32_t dtype, int64_t features, const float *statistics,
                                         const float *shares, void *grad, int32_t threads);
 
-/* added = residual + branch [rows, features] float32 (untouched if branch is null), normed = layer norm of it in
- * normed_dtype, statistics [rows, 2]: mean and rstd. residual float32; weight and bias [features] float32 or null. */
-VJEPA_API int32_t vjepa_add_layer_norm_cpu(const float *residual, int64_t residual_stride, const void *branch,
-                                           int64_t branch_stride, int32_t branch_dtype, const float *weight,
-                                           const float *bias, double eps, int64_t rows, int64_t features, float *added,
-                                           void *normed, int32_t normed_dtype, float *statistics, int32_t threads);
-
-/* Its gradients; grad_sum, weight, grad_residual, grad_branch, grad_weight and grad_bias may be null. */
-VJEPA_API int32_t vjepa_add_layer_norm_backward_cpu(const float *grad_sum, int64_t grad_sum_stride,
-                                                    const void *grad_normed, int64_t grad_normed_stride,
-                                                    int32_t normed_dtype, const float *added, int64_t added_stride,
-                                                    const float *statistics, const float *weight, int64_t rows,
-                                                    int64_t features, float *grad_residual, void *grad_branch,
-                                                    int32_t branch_dtype, float *grad_weight, float *grad_bias,
-                                                    int32_t threads);
-
 /* out = per set its context tokens [features], then its mask token for each target token, all plus their positions;
  * with the ids and offsets of what is packed so. mask_tokens [kinds, features], positions and out are in `others`,
  * which is float32 or the dtype of context. */

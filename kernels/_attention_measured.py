@@ -5,4 +5,15 @@ length, order.
 """
 
 MEASURED: dict[str, list[tuple[str, int, int, bool, tuple[str, ...]]]] = {
+    "cpu": [
+        ("bfloat16", 24, 1568, True, ("sdpa", "reference")),
+        ("bfloat16", 32, 1568, True, ("sdpa", "reference")),
+        ("bfloat16", 64, 112, True, ("reference", "sdpa")),
+        ("bfloat16", 64, 348, False, ("sdpa", "reference")),
+        ("bfloat16", 64, 1568, True, ("sdpa", "reference")),
+        ("bfloat16", 80, 348, False, ("sdpa", "reference")),
+        ("bfloat16", 80, 1568, True, ("sdpa", "reference")),
+        ("float32", 24, 1568, True, ("sdpa", "reference")),
+        ("float32", 32, 1568, True, ("sdpa", "reference")),
+    ],
 }

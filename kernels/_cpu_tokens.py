@@ -1,4 +1,4 @@
-"""gather, scatter, loss and layer norm by the native library on a CPU: each row is read once and written once.
+"""gather, scatter and loss by the native library on a CPU: each row is read once and written once.
 
 The functions have the meaning of those of the same name in reference.py. They take float32 and bfloat16 (gather and scatter
 also float16) and sum in float32, in an order that depends on neither threads nor instruction sets.
@@ -17,7 +17,6 @@ from ._checks import describe
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 MOVED = {**CODES, torch.float16: 2}  # by gather and scatter
-ABSENT = -1
 
 
 class _Sets(ctypes.Structure):
@@ -57,12 +56,6 @@ def _library() -> ctypes.CDLL:
         "vjepa_scatter_backward_cpu": [sets, rows, i64, p, p, i32],
         "vjepa_l1_cpu": [sets, rows, p, i64, i32, i64, f64, p, p, i32],
         "vjepa_l1_backward_cpu": [sets, rows, p, i64, i32, i64, p, p, p, i32],
-        "vjepa_add_layer_norm_cpu": [p, i64, p, i64, i32, p, p, f64, i64, i64, p, p, i32, p, i32],
-        "vjepa_add_layer_norm_backward_cpu": [
-            *(p, i64, p, i64, i32, p, i64, p, p, i64, i64, p, p, i32, p, p, i32),
-        ],
-    }
-    prototypes |= {
         "vjepa_predictor_tokens_cpu": [p, p, i64, i32, p, p, i64, i32, i64, p, p, p, i32],
         "vjepa_predictor_tokens_backward_cpu": [p, p, i64, i32, i64, p, i32, p, i32],
     }

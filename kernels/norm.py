@@ -18,10 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _cpu_norm
 from . import _reference_norm as reference
 from ._checks import FLOATS, check_device, check_tensor, describe, dtype_under_autocast
-from ._cpu_tokens import why_not
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .reference import accumulator
@@ -35,28 +33,14 @@ def _triton_unfit(residual: Tensor, *arguments: object) -> str | None:
 
 
 register(triton_row("add_layer_norm", "_triton_norm", "add_layer_norm", "add_layer_norm_backward", unfit=_triton_unfit))
-register(
-    Row(
-        "add_layer_norm",
-        "cpu",
-        _cpu_norm.add_layer_norm,
-        _cpu_norm.add_layer_norm_backward,
-        why_not,
-        _cpu_norm.unfit,
-    )
-)
 register(Row("add_layer_norm", "reference", reference.add_layer_norm, reference.add_layer_norm_backward))
-
-
-def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
-    return tuple(tensor.dtype for tensor in tensors if tensor is not None)
 
 
 def _forward(
     residual: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = choose("add_layer_norm", residual.device, residual, _dtypes(weight, bias), (*_dtypes(branch), dtype))
-    return row.forward(residual, branch, weight, bias, eps, dtype)
+    arguments = (residual, branch, weight, bias, eps, dtype)
+    return choose("add_layer_norm", residual.device, *arguments).forward(*arguments)
 
 
 def _fake(
@@ -79,8 +63,7 @@ def _backward(
     bias_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide, low = (*_dtypes(grad_sum, weight), bias_dtype), (grad_normed.dtype, branch_dtype)
-    row = choose("add_layer_norm", added.device, added, wide, low)
+    row = choose("add_layer_norm", added.device, added)
     return row.backward(grad_sum, grad_normed, added, statistics, weight, branch_dtype, bias_dtype, needs)
 
 
