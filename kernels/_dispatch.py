@@ -148,7 +148,7 @@ def select(op: str, device: torch.device, *arguments: Any) -> Row:
         )
     order = _measured[op](device, *arguments) if arguments and op in _measured else ()
     automatic = (row for row in rows.values() if row.unasked(device))
-    for row in (*(rows[known] for known in order), *automatic):
+    for row in (*(rows[known] for known in order if known in rows), *automatic):
         if row.obstacle(device, *arguments) is None:
             return row
     raise RuntimeError(f"no backend can serve {op} on {device}")

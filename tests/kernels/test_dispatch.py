@@ -114,7 +114,7 @@ def test_what_was_measured_comes_before_the_order_of_preference(monkeypatch):
     monkeypatch.setattr(_dispatch, "_measured", {})
     for name in ("cpu", "sdpa", "reference"):
         _dispatch.register(_dispatch.Row("op", name, lambda: None, automatic=name != "sdpa"))
-    _dispatch.prefer("op", lambda device, size: ("sdpa", "cpu") if size > 9 else ())
+    _dispatch.prefer("op", lambda device, size: ("gone", "sdpa", "cpu") if size > 9 else ())
     assert _dispatch.select("op", CPU, 10).name == "sdpa"
     assert [_dispatch.select("op", CPU, 9).name, selected("op")] == ["cpu", "cpu"]
     with backend("reference"):
