@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._cpu_tokens import MOVED, call, pointer, rows_of
+from ._cpu_tokens import MOVED, call, check_rows, pointer, rows_of
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of context, mask tokens and positions
 
@@ -71,6 +71,12 @@ def predictor_tokens(
     context, mask_tokens, pos_embed = rows_of(context), mask_tokens.contiguous(), rows_of(pos_embed)
     total, width = context_indices.shape[0] + target_indices.shape[0], context.shape[1]
     tokens, indices = mask_tokens.new_empty((total, width)), torch.empty(total, dtype=torch.int64)
+    for name, x, rows in (
+        ("context", context, context_indices.shape[0]),
+        ("mask_tokens", mask_tokens, mask_tokens.shape[0]),
+        ("pos_embed", pos_embed, pos_embed.shape[0]),
+    ):
+        check_rows(name, x, rows, width)
     cu_seqlens = torch.empty(kind.shape[0] + 1, dtype=torch.int32)
     sizes = (mask_tokens.shape[0], pos_embed.shape[0])
     call(
@@ -105,6 +111,7 @@ def predictor_tokens_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.predictor_tokens_backward."""
     grad, width = rows_of(grad), grad.shape[1]
+    check_rows("grad", grad, context_indices.shape[0] + target_indices.shape[0], width)
     of_context = torch.empty((context_indices.shape[0], width), dtype=dtypes[0]) if needs[0] else None
     of_mask_tokens = torch.empty((num_kinds, width)) if needs[1] else None
     call(

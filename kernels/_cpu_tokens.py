@@ -86,6 +86,12 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def check_rows(name: str, x: Tensor, rows: int, width: int) -> None:
+    """Raise unless a tensor is [rows, width]: the library sees an address, and would read on beyond its end."""
+    if x.shape != (rows, width):
+        raise ValueError(f"{name} must be [{rows}, {width}], got {describe(x)}")
+
+
 def pointer(x: Tensor | None) -> int | None:
     """The address of a tensor's first element, null for None."""
     return None if x is None else x.data_ptr()
@@ -118,6 +124,7 @@ def gather_tokens_backward(
 ) -> Tensor:
     """See reference.gather_tokens_backward."""
     grad = rows_of(grad)
+    check_rows("grad", grad, indices.shape[0], grad.shape[1])
     out = grad.new_empty((batch, length, grad.shape[1]))
     sets = _sets(indices, cu_seqlens, clip, batch, length)
     call("vjepa_sum_named_cpu", sets, grad.data_ptr(), grad.stride(0), MOVED[grad.dtype], grad.shape[1], out.data_ptr())
@@ -136,6 +143,9 @@ def scatter_tokens(
 ) -> Tensor:
     """See reference.scatter_tokens."""
     values, features = rows_of(values), values.shape[1]
+    check_rows("values", values, indices.shape[0], features)
+    if fill is not None:
+        check_rows("fill", fill[None], 1, features)
     background = values.new_full((features,), fill_value) if fill is None else fill.to(values.dtype).contiguous()
     out = values.new_empty((batch, length, features))
     sets = _sets(indices, cu_seqlens, clip, batch, length)
@@ -172,6 +182,7 @@ def masked_l1_loss(
     """See reference.masked_l1_loss."""
     prediction, features = rows_of(prediction), rows_of(features)
     total, width = prediction.shape
+    check_rows("prediction", prediction, sets[0].shape[0], features.shape[2])
     distances, statistics = torch.empty(total), torch.empty((total, 2))
     where = (prediction.data_ptr(), prediction.stride(0), CODES[prediction.dtype], width, eps)
     table = _sets(*sets, *features.shape[:2]), _table(features)
@@ -191,6 +202,8 @@ def masked_l1_loss_backward(
     """See reference.masked_l1_loss_backward."""
     prediction, features = rows_of(prediction), rows_of(features)
     total, width = prediction.shape
+    check_rows("prediction", prediction, sets[0].shape[0], features.shape[2])
+    check_rows("statistics", statistics, total, 2)
     shares = (reference.token_shares(sets[1], weights, total, torch.float32) * grad).contiguous()
     out = prediction.new_empty((total, width))
     where = (prediction.data_ptr(), prediction.stride(0), CODES[prediction.dtype], width)

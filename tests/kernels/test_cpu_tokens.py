@@ -109,6 +109,30 @@ def test_refuses_tokens_that_do_not_exist():
                 call(indices, cu, clips)
 
 
+def test_refuses_rows_that_do_not_exist():
+    """Whoever calls the operators past the public functions: nothing is read beyond the end of a tensor."""
+    x, sets = torch.zeros(1, 5, 3), (torch.tensor([0, 4]), torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0]))
+    two, one, ops = torch.zeros(2, 3), torch.zeros(1, 3), torch.ops.vjepa
+    lengths, statistics = torch.tensor([2]), torch.zeros(2, 2)
+    halves = (*sets[:2], lengths, *sets[:2], lengths, torch.tensor([0]))
+    grads = (*sets[:2], *sets[:2], torch.tensor([0]), 1, 5, *(FP32,) * 3, [True] * 3)
+    with backend("cpu"):
+        for name, call in (
+            ("grad", lambda: ops.gather_tokens_backward(one, *sets, 1, 5)),
+            ("values", lambda: ops.scatter_tokens(one, *sets, 1, 5, None, 0.0)),
+            ("fill", lambda: ops.scatter_tokens(two, *sets, 1, 5, one[0, :2], 0.0)),
+            ("prediction", lambda: ops.masked_l1_loss(two[:, :2], x, *sets, lengths, 1e-5, None)),
+            ("prediction", lambda: ops.masked_l1_loss_backward(one[0, 0], one, x, *sets, statistics, None)),
+            ("statistics", lambda: ops.masked_l1_loss_backward(one[0, 0], two, x, *sets, statistics[:1], None)),
+            ("context", lambda: ops.predictor_tokens(one, one, x[0], *halves)),
+            ("mask_tokens", lambda: ops.predictor_tokens(two, one[:, :2], x[0], *halves)),
+            ("pos_embed", lambda: ops.predictor_tokens(two, one, x[0, :, :2], *halves)),
+            ("grad", lambda: ops.predictor_tokens_backward(torch.zeros(3, 3), *grads)),
+        ):
+            with pytest.raises(ValueError, match=rf"{name} must be \[\d, \d\], got"):
+                call()
+
+
 def test_says_what_it_cannot_take():
     x = torch.zeros(1, 3, 2, dtype=FP64)
     sets = TokenIndices.from_sets([torch.tensor([1])])
