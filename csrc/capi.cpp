@@ -3,6 +3,7 @@
 
 #include "cpu/parallel.h"
 #include "include/vjepa/macros.h"
+#include "include/vjepa/write.h"
 
 #if defined(__clang__)
 #define VJEPA_COMPILER "clang " __clang_version__
@@ -38,8 +39,6 @@ extern "C" const char *vjepa_status_string(int32_t status) {
       return "a pointer is not aligned to its element type";
     case VJEPA_ERROR_THREADS:
       return "the number of threads is less than 1";
-    case VJEPA_ERROR_CAPACITY:
-      return "the chunk table is too small";
     case VJEPA_ERROR_MOMENTUM:
       return "momentum is not between 0 and 1";
     case VJEPA_ERROR_NO_CUDA:
@@ -65,13 +64,25 @@ extern "C" int32_t vjepa_set_team(void *gomp_parallel) {
   return VJEPA_OK;
 }
 
+extern "C" int32_t vjepa_write_cuda_on_host(int64_t *to, const int64_t *from, int64_t count) {
+  return vjepa::write_in_pieces(to, from, count, [](int64_t *piece, const vjepa::Words &words, int64_t some) {
+    for (int64_t lane = 0; lane < vjepa::kBlockThreads; ++lane) {
+      vjepa::write_words(piece, words, some, lane, vjepa::kBlockThreads);
+    }
+    return VJEPA_OK;
+  });
+}
+
 #if !defined(VJEPA_WITH_CUDA)
-extern "C" int32_t vjepa_ema_cuda(const vjepa_ema_tensor *, const vjepa_chunk *, int64_t, double, const double *,
-                                  int32_t, void *) {
+extern "C" int32_t vjepa_ema_cuda(const vjepa_ema_tensor *, const vjepa_grid *, double, const double *, int32_t,
+                                  void *) {
   return VJEPA_ERROR_NO_CUDA;
 }
-extern "C" int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *, const vjepa_chunk *, int64_t, const vjepa_adamw_group *,
-                                    int64_t, const vjepa_adamw_scalars *, double, int32_t, void *) {
+extern "C" int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *, const vjepa_grid *, const vjepa_adamw_group *, int64_t,
+                                    const vjepa_adamw_scalars *, double, int32_t, void *) {
+  return VJEPA_ERROR_NO_CUDA;
+}
+extern "C" int32_t vjepa_write_cuda(int64_t *, const int64_t *, int64_t, int32_t, void *) {
   return VJEPA_ERROR_NO_CUDA;
 }
 #endif

@@ -15,7 +15,8 @@
 #define VJEPA_API __attribute__((visibility("default")))
 #endif
 
-#define VJEPA_ABI_VERSION 2
+#define VJEPA_ABI_VERSION 3
+#define VJEPA_MAXIMUM_GROUPS 32 /* of a CUDA launch: 2.25 KiB of the 4 KiB of a kernel's arguments */
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,13 +29,12 @@ typedef enum vjepa_status {
   VJEPA_ERROR_DTYPE = 3,
   VJEPA_ERROR_ALIGNMENT = 4,
   VJEPA_ERROR_THREADS = 5,
-  VJEPA_ERROR_CAPACITY = 6,
-  VJEPA_ERROR_MOMENTUM = 7,
-  VJEPA_ERROR_NO_CUDA = 8, /* the library was built without its CUDA part */
-  VJEPA_ERROR_CUDA = 9,    /* the CUDA runtime refused; vjepa_cuda_error() says what */
-  VJEPA_ERROR_OVERLAP = 10,
-  VJEPA_ERROR_GROUP = 11,
-  VJEPA_ERROR_INDEX = 12 /* a token or a clip does not exist */
+  VJEPA_ERROR_MOMENTUM = 6,
+  VJEPA_ERROR_NO_CUDA = 7, /* the library was built without its CUDA part */
+  VJEPA_ERROR_CUDA = 8,    /* the CUDA runtime refused; vjepa_cuda_error() says what */
+  VJEPA_ERROR_OVERLAP = 9,
+  VJEPA_ERROR_GROUP = 10,
+  VJEPA_ERROR_INDEX = 11 /* a token or a clip does not exist */
 } vjepa_status;
 
 typedef enum vjepa_dtype { VJEPA_NONE = -1, VJEPA_FLOAT32 = 0, VJEPA_BFLOAT16 = 1, VJEPA_FLOAT16 = 2 } vjepa_dtype;
@@ -54,14 +54,15 @@ typedef struct vjepa_ema_tensor {
 
 /* One parameter of an optimizer step, with all that belongs to it. */
 typedef struct vjepa_adamw_tensor {
-  float *param;     /* [numel] float32, read and written, as are exp_avg, exp_avg_sq and shadow */
-  const void *grad; /* [numel] grad_dtype, read */
+  float *param; /* [numel] float32, read and written, as are exp_avg, exp_avg_sq and shadow */
+  const void
+      *grad; /* [numel] grad_dtype, read; null: param, moments (which may be null too) and step stay as they are */
   float *exp_avg;
   float *exp_avg_sq;
   float *shadow;      /* the moving average of the parameter, or null */
   void *param_copy;   /* [numel] copy_dtype, written with the rounded parameter; null if copy_dtype is VJEPA_NONE */
   void *shadow_copy;  /* the same of the shadow; null if there is none */
-  float *step;        /* null, or how many steps were done before; read when the work is done, instead of the group's */
+  float *step;        /* null, or how many steps were done before; read when the work is done, not the group's */
   int64_t numel;      /* elements, >= 0 */
   int64_t grad_dtype; /* VJEPA_FLOAT32, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
   int64_t copy_dtype; /* VJEPA_NONE, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
@@ -73,26 +74,26 @@ typedef struct vjepa_adamw_group {
   double lr;    /* >= 0 */
   double beta1; /* 0 <= beta < 1 */
   double beta2;
-  double eps;              /* >= 0 */
-  double weight_decay;     /* >= 0 */
-  int64_t step;            /* how many steps were done before, of tensors that do not say; >= 0 */
-  const float *lr_address; /* null, or where to read lr when the work is done */
+  double eps;               /* >= 0 */
+  double weight_decay;      /* >= 0 */
+  int64_t step;             /* how many steps were done before, of tensors that do not say; >= 0 */
+  const float *lr_address;  /* null, or where to read lr when the work is done, in memory of the tensors' device */
+  const float *grad_factor; /* null, or where to read what gradients are multiplied by: unscaling times clipping */
 } vjepa_adamw_group;
 
 /* Where to read numbers of the whole step when the work is done, in memory of the tensors' device; each may be null. */
 typedef struct vjepa_adamw_scalars {
-  const float *grad_factor; /* what gradients are multiplied by: unscaling times clipping; null: 1 */
-  const float *found_inf;   /* not 0: parameters, moments and param copies stay; shadows still follow */
-  const double *momentum;   /* of the shadows, instead of the argument, and not checked */
+  const float *found_inf; /* not 0: parameters, moments and param copies stay; shadows still follow */
+  const double *momentum; /* of the shadows, instead of the argument, and not checked */
 } vjepa_adamw_scalars;
 
-/* A piece of one tensor: the unit of work of one CUDA block. */
-typedef struct vjepa_chunk {
-  int64_t tensor; /* row of the tensor table */
-  int64_t begin;  /* first element */
-  int64_t end;    /* one past the last element */
-  int64_t packed; /* 1 if every pointer of the tensor is aligned for four elements at a time, else 0 */
-} vjepa_chunk;
+/* How the tensors of a table are divided among the blocks of a CUDA launch: each into chunks of at most `elements`. */
+typedef struct vjepa_grid {
+  const int64_t *first_chunks; /* [count + 1] chunks of all tensors before each, and of all, where the tensors are */
+  int64_t count;               /* tensors */
+  int64_t num_chunks;          /* first_chunks[count], the blocks of the launch */
+  int64_t elements;            /* a positive multiple of 4 */
+} vjepa_grid;
 
 VJEPA_API int32_t vjepa_abi_version(void);
 
@@ -114,44 +115,48 @@ VJEPA_API int32_t vjepa_set_team(void *gomp_parallel);
  * targets, rounded to nearest even, also go to the copies. The result does not depend on `threads` (>= 1). */
 VJEPA_API int32_t vjepa_ema_cpu(const vjepa_ema_tensor *tensors, int64_t count, double momentum, int32_t threads);
 
-/* Splits `count` tensors into chunks of at most `chunk_elements` (a positive multiple of 4), in order. Writes the
- * number of chunks to *num_chunks and, if `chunks` is not null, the chunks themselves (capacity: how many fit). */
-VJEPA_API int32_t vjepa_ema_plan(const vjepa_ema_tensor *tensors, int64_t count, int64_t chunk_elements,
-                                 vjepa_chunk *chunks, int64_t capacity, int64_t *num_chunks);
+/* Whether vjepa_ema_cuda can update these tensors, `tensors` itself in host memory: what it cannot see for itself. */
+VJEPA_API int32_t vjepa_ema_check(const vjepa_ema_tensor *tensors, int64_t count);
 
-/* The same update on a GPU, in one launch: `tensors` and `chunks` (made by vjepa_ema_plan) lie in the memory of CUDA
- * device `device`, as do all tensors; `stream` is a cudaStream_t. If `momentum_on_device` is not null, the momentum is
- * read from there when the launch runs, and not checked. Asynchronous. */
-VJEPA_API int32_t vjepa_ema_cuda(const vjepa_ema_tensor *tensors, const vjepa_chunk *chunks, int64_t num_chunks,
-                                 double momentum, const double *momentum_on_device, int32_t device, void *stream);
+/* The same update on a GPU, in one launch: `tensors`, which were checked, and the grid's first_chunks lie in the memory
+ * of CUDA device `device`, as do all tensors; `stream` is a cudaStream_t. If `momentum_on_device` is not null, the
+ * momentum is read from there when the launch runs, and not checked. Asynchronous. */
+VJEPA_API int32_t vjepa_ema_cuda(const vjepa_ema_tensor *tensors, const vjepa_grid *grid, double momentum,
+                                 const double *momentum_on_device, int32_t device, void *stream);
 
 /* What vjepa_ema_cuda does, executed on the host: every block and every thread of its grid in turn, through the same
  * device code. For tests. */
-VJEPA_API int32_t vjepa_ema_cuda_on_host(const vjepa_ema_tensor *tensors, const vjepa_chunk *chunks, int64_t num_chunks,
-                                         double momentum, const double *momentum_on_device);
+VJEPA_API int32_t vjepa_ema_cuda_on_host(const vjepa_ema_tensor *tensors, const vjepa_grid *grid, double momentum,
+                                         const double *momentum_on_device);
+
+/* Writes `count` words from host memory, read before it returns, to the memory of CUDA device `device`, in the order of
+ * `stream`. The words travel as arguments of launches: nothing waits, and a CUDA graph can capture it. */
+VJEPA_API int32_t vjepa_write_cuda(int64_t *to, const int64_t *from, int64_t count, int32_t device, void *stream);
+
+/* What vjepa_write_cuda does, executed on the host. For tests. */
+VJEPA_API int32_t vjepa_write_cuda_on_host(int64_t *to, const int64_t *from, int64_t count);
 
 /* AdamW, moving average and copies of `count` parameters in host memory, in one pass; csrc/include/vjepa/adamw.h says
- * what is computed. `scalars` may be null. The tensors' own steps, unless skipped, are counted. The result does not
- * depend on `threads` (>= 1). */
+ * what is computed. `scalars` may be null. The tensors' own steps are counted unless found_inf is set. The result does
+ * not depend on `threads` (>= 1). */
 VJEPA_API int32_t vjepa_adamw_cpu(const vjepa_adamw_tensor *tensors, int64_t count, const vjepa_adamw_group *groups,
                                   int64_t num_groups, const vjepa_adamw_scalars *scalars, double momentum,
                                   int32_t threads);
 
-/* vjepa_ema_plan for parameters; their groups must be below 32. */
-VJEPA_API int32_t vjepa_adamw_plan(const vjepa_adamw_tensor *tensors, int64_t count, int64_t chunk_elements,
-                                   vjepa_chunk *chunks, int64_t capacity, int64_t *num_chunks);
+/* vjepa_ema_check for parameters of `num_groups` groups. */
+VJEPA_API int32_t vjepa_adamw_check(const vjepa_adamw_tensor *tensors, int64_t count, int64_t num_groups);
 
-/* The same step on a GPU, in one launch: `tensors` and `chunks` (made by vjepa_adamw_plan) lie in the memory of CUDA
- * device `device`, as does all that they, `scalars` and the groups point to; `groups` (at most 32, as many as the
- * tensors name) and `scalars` themselves lie in host memory and are copied into the launch. Steps are not counted.
- * Asynchronous. */
-VJEPA_API int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *tensors, const vjepa_chunk *chunks, int64_t num_chunks,
+/* The same step on a GPU, in one launch: `tensors`, which were checked, and the grid's first_chunks lie in the memory
+ * of CUDA device `device`, as does all that they, `scalars` and the groups point to; `groups` (at most
+ * VJEPA_MAXIMUM_GROUPS, as many as the tensors name) and `scalars` themselves lie in host memory and are copied into
+ * the launch. Steps are not counted. Asynchronous. */
+VJEPA_API int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *tensors, const vjepa_grid *grid,
                                    const vjepa_adamw_group *groups, int64_t num_groups,
                                    const vjepa_adamw_scalars *scalars, double momentum, int32_t device, void *stream);
 
 /* What vjepa_adamw_cuda does, executed on the host; see vjepa_ema_cuda_on_host. */
-VJEPA_API int32_t vjepa_adamw_cuda_on_host(const vjepa_adamw_tensor *tensors, const vjepa_chunk *chunks,
-                                           int64_t num_chunks, const vjepa_adamw_group *groups, int64_t num_groups,
+VJEPA_API int32_t vjepa_adamw_cuda_on_host(const vjepa_adamw_tensor *tensors, const vjepa_grid *grid,
+                                           const vjepa_adamw_group *groups, int64_t num_groups,
                                            const vjepa_adamw_scalars *scalars, double momentum);
 
 #ifdef __cplusplus

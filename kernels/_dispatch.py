@@ -41,21 +41,28 @@ def _no_backward(*arguments: Any) -> None:
     raise NotImplementedError("an operator that updates in place has no backward pass")
 
 
+def _updates(*arguments: Any) -> None:
+    raise NotImplementedError("an operator that updates in place is prepared first")
+
+
 @dataclass(frozen=True)
 class Row:
     """One way to serve an op: `forward`, and `backward` if it has one.
 
+    An op that updates lists of tensors in place has `prepare(*lists)` instead, which checks what only the row can see
+    and returns what then does the work, once or often, as long as the tensors stay what they are.
     `why_not(device)` is None where it can run, or the reason; `unfit(*arguments)` is None or why it cannot take these
     arguments. On a device for which it is not `automatic` (or on any), a row runs only when asked for by name.
     """
 
     op: str
     name: str
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] = _updates
     backward: Callable[..., Any] = _no_backward
     why_not: Callable[[torch.device], str | None] = lambda device: None
     unfit: Callable[..., str | None] = lambda *arguments: None
     automatic: Callable[[torch.device], bool] | bool = True
+    prepare: Callable[..., Any] | None = None
 
     def unasked(self, device: torch.device) -> bool:
         """Whether this row may be taken on `device` without being asked for."""
@@ -83,6 +90,17 @@ def prefer(op: str, order: Callable[..., Sequence[str]]) -> None:
     _measured[op] = order
 
 
+def without_autocast(run: Callable[..., Any], *arguments: Any) -> Any:
+    """run(*arguments) outside of autocast."""
+    active = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if not active:
+        return run(*arguments)
+    with ExitStack() as stack:
+        for kind in active:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return run(*arguments)
+
+
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define the operator torch.ops.vjepa.<name>: what runs on every device, and what runs on fake tensors.
 
@@ -91,13 +109,7 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
 
     @functools.wraps(run)
     def run_without_autocast(*arguments: Any) -> Any:
-        active = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not active:
-            return run(*arguments)
-        with ExitStack() as stack:
-            for kind in active:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            return run(*arguments)
+        return without_autocast(run, *arguments)
 
     torch.library.define(f"vjepa::{name}", schema)
     torch.library.impl(f"vjepa::{name}", "default", run_without_autocast)

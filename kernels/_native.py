@@ -12,23 +12,20 @@ import json
 import operator
 import os
 from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["NativeError", "available", "build_info", "cuda_available"]
 
-ABI_VERSION = 2  # VJEPA_ABI_VERSION of csrc/capi.h
+ABI_VERSION = 3  # VJEPA_ABI_VERSION of csrc/capi.h
 NO_COPY = -1
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COPY_DTYPES = (torch.bfloat16, torch.float16)
-TABLES_KEPT = 16  # on the device: of an average, of an optimizer's groups, and of a few other networks
-STATUS_CUDA = 9
+STATUS_CUDA = 8
+STATUS_OVERLAP = 9
 
 LIBRARY_NAMES = ("libvjepa_native.so", "libvjepa_native.dylib", "vjepa_native.dll")
 
@@ -80,23 +77,24 @@ class AdamWGroup(ctypes.Structure):
         ("weight_decay", ctypes.c_double),
         ("step", ctypes.c_int64),
         ("lr_address", ctypes.c_void_p),
+        ("grad_factor", ctypes.c_void_p),
     ]
 
 
 class AdamWScalars(ctypes.Structure):
     """`vjepa_adamw_scalars` of csrc/capi.h: addresses, of which each may be None."""
 
-    _fields_ = [("grad_factor", ctypes.c_void_p), ("found_inf", ctypes.c_void_p), ("momentum", ctypes.c_void_p)]
+    _fields_ = [("found_inf", ctypes.c_void_p), ("momentum", ctypes.c_void_p)]
 
 
-class Chunk(ctypes.Structure):
-    """`vjepa_chunk` of csrc/capi.h."""
+class Grid(ctypes.Structure):
+    """`vjepa_grid` of csrc/capi.h."""
 
     _fields_ = [
-        ("tensor", ctypes.c_int64),
-        ("begin", ctypes.c_int64),
-        ("end", ctypes.c_int64),
-        ("packed", ctypes.c_int64),
+        ("first_chunks", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("num_chunks", ctypes.c_int64),
+        ("elements", ctypes.c_int64),
     ]
 
 
@@ -128,7 +126,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     found = library.vjepa_abi_version()
     if found != ABI_VERSION:
         return None, f"the native library has ABI {found}, expected {ABI_VERSION}; install the package again"
-    entries, params, chunks = map(ctypes.POINTER, (EMAEntry, AdamWEntry, Chunk))
+    entries, params, grid = map(ctypes.POINTER, (EMAEntry, AdamWEntry, Grid))
     groups, scalars = map(ctypes.POINTER, (AdamWGroup, AdamWScalars))
     i32, i64, f64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
     prototypes = {
@@ -137,13 +135,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "vjepa_cuda_error": (ctypes.c_char_p, []),
         "vjepa_set_team": (i32, [pointer]),
         "vjepa_ema_cpu": (i32, [entries, i64, f64, i32]),
-        "vjepa_ema_plan": (i32, [entries, i64, i64, chunks, i64, ctypes.POINTER(i64)]),
-        "vjepa_ema_cuda": (i32, [pointer, pointer, i64, f64, pointer, i32, pointer]),
-        "vjepa_ema_cuda_on_host": (i32, [entries, chunks, i64, f64, pointer]),
+        "vjepa_ema_check": (i32, [entries, i64]),
+        "vjepa_ema_cuda": (i32, [pointer, grid, f64, pointer, i32, pointer]),
+        "vjepa_ema_cuda_on_host": (i32, [pointer, grid, f64, pointer]),
         "vjepa_adamw_cpu": (i32, [params, i64, groups, i64, scalars, f64, i32]),
-        "vjepa_adamw_plan": (i32, [params, i64, i64, chunks, i64, ctypes.POINTER(i64)]),
-        "vjepa_adamw_cuda": (i32, [pointer, pointer, i64, groups, i64, scalars, f64, i32, pointer]),
-        "vjepa_adamw_cuda_on_host": (i32, [params, chunks, i64, groups, i64, scalars, f64]),
+        "vjepa_adamw_check": (i32, [params, i64, i64]),
+        "vjepa_adamw_cuda": (i32, [pointer, grid, groups, i64, scalars, f64, i32, pointer]),
+        "vjepa_adamw_cuda_on_host": (i32, [pointer, grid, groups, i64, scalars, f64]),
+        "vjepa_write_cuda": (i32, [pointer, pointer, i64, i32, pointer]),
+        "vjepa_write_cuda_on_host": (i32, [pointer, pointer, i64]),
     }
     for name, (result, arguments) in prototypes.items():
         function = getattr(library, name)
@@ -203,108 +203,59 @@ def check(status: int) -> None:
 dtype_of, device_of = map(operator.attrgetter, ("dtype", "device"))
 
 
-def walkable(tensors: Sequence[Tensor], dtypes: Iterable[torch.dtype]) -> bool:
-    """Whether all are contiguous and of one of the dtypes."""
-    return set(map(dtype_of, tensors)) <= set(dtypes) and all(map(Tensor.is_contiguous, tensors))
+def one_run(tensor: Tensor) -> bool:
+    """Whether the elements of `tensor` fill one run of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
-def check_lists(
-    device_type: str, named: Mapping[str, tuple[Sequence[Tensor], Sequence[torch.dtype]]], walked: bool = False
-) -> None:
-    """Raise unless all lists pair up in number, elements and device with the first, with dtypes of their own, contiguous.
+def unwalkable(lists: Mapping[str, Sequence[Tensor]]) -> str | None:
+    """Why the library, which walks runs of memory, cannot walk what is at the same place of all lists, or None.
 
-    The library sees only addresses. Whole lists are compared first: a step calls this for hundreds of tensors.
-    `walked`: the caller knows that they are `walkable`.
+    Empty tensors stand for what is not there; so do empty lists.
     """
-    (first_name, (first, _)), *_ = named.items()
-    numels, devices = list(map(Tensor.numel, first)), set(map(device_of, first))
-    one_device = len(devices) == 1 and devices.copy().pop().type == device_type
-    for name, (tensors, dtypes) in named.items():
-        if len(tensors) != len(first):
-            raise ValueError(f"{name}: expected {len(first)} tensors, one for each of {first_name}, got {len(tensors)}")
-        if (
-            one_device
-            and (walked or walkable(tensors, dtypes))
-            and (tensors is first or list(map(Tensor.numel, tensors)) == numels)
-            and (tensors is first or set(map(device_of, tensors)) == devices)
-        ):
-            continue
-        for k, tensor in enumerate(tensors):
-            if tensor.dtype not in dtypes:
-                expected = " or ".join(str(dtype) for dtype in dtypes)
-                raise TypeError(f"{name}[{k}]: expected dtype {expected}, got {tensor.dtype}")
-            if tensor.numel() != numels[k]:
-                raise ValueError(f"{name}[{k}]: expected shape {tuple(first[k].shape)}, got {tuple(tensor.shape)}")
-            if tensor.device.type != device_type or tensor.device != first[k].device:
-                wanted = first[k].device if first[k].device.type == device_type else device_type
-                raise ValueError(f"{name}[{k}]: expected device {wanted}, got {tensor.device}")
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}[{k}]: expected a contiguous tensor, got strides {tensor.stride()}")
+    given = {name: tensors for name, tensors in lists.items() if tensors}
+    if all(all(map(Tensor.is_contiguous, tensors)) for tensors in given.values()):
+        return None
+    for k, place in enumerate(zip(*given.values(), strict=True)):
+        there = {name: tensor for name, tensor in zip(given, place, strict=True) if tensor.numel()}
+        first = next(iter(there.values()), None)
+        for name, tensor in there.items():
+            if tensor.is_contiguous() and first.is_contiguous():
+                continue
+            if not one_run(tensor) or tensor.stride() != first.stride():
+                return (
+                    f"it walks tensors as one run of memory, all in the same order, "
+                    f"got {name}[{k}] of shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+                )
+    return None
 
 
 def addresses(tensors: Sequence[Tensor]) -> Iterable[int]:
     return map(Tensor.data_ptr, tensors)
 
 
-def table_of(entry: type[ctypes.Structure], *columns: Iterable[int]) -> ctypes.Array:
-    """Rows of 64-bit words as an array of `entry`, which has as many fields as there are columns."""
-    words = array("q", chain.from_iterable(zip(*columns, strict=True)))
+def codes_of(tensors: Sequence[Tensor]) -> list[int]:
+    """The library's names of their dtypes."""
+    dtypes = list(map(dtype_of, tensors))
+    if len(set(dtypes)) == 1:
+        return [DTYPE_CODES[dtypes[0]]] * len(dtypes)
+    return [DTYPE_CODES[dtype] for dtype in dtypes]
+
+
+def words_of(count: int, *columns: Iterable[int]) -> array[int]:
+    """The `count` rows of a table, word after word."""
+    words = array("q", bytes(8 * count * len(columns)))
+    for place, column in enumerate(columns):
+        words[place :: len(columns)] = array("q", column)
+    return words
+
+
+def table_of(entry: type[ctypes.Structure], words: array[int]) -> ctypes.Array:
+    """Rows of 64-bit words as an array of `entry`, which shares their memory."""
     count = len(words) * words.itemsize // ctypes.sizeof(entry)
     return (entry * count).from_buffer(words) if count else (entry * 0)()
-
-
-def plan(function: Callable[..., int], table: ctypes.Array, chunk_elements: int) -> ctypes.Array[Chunk]:
-    """The chunks of a CUDA kernel's grid, one for each block, by the library's `function`."""
-    count = ctypes.c_int64()
-    check(function(table, len(table), chunk_elements, None, 0, ctypes.byref(count)))
-    chunks = (Chunk * count.value)()
-    check(function(table, len(table), chunk_elements, chunks, len(chunks), ctypes.byref(count)))
-    return chunks
-
-
-class DeviceTable:
-    """A table of tensors and its chunks in the memory of one CUDA device."""
-
-    def __init__(self, table: ctypes.Array, chunks: ctypes.Array[Chunk], device: torch.device) -> None:
-        self.num_chunks = len(chunks)
-        self._words = [torch.frombuffer(bytearray(part), dtype=torch.uint8).to(device) for part in (table, chunks)]
-        self.arguments = (*map(Tensor.data_ptr, self._words), self.num_chunks)
-
-    def used_on(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory until what `stream` was given so far is done, even if the table is dropped."""
-        for words in self._words:
-            words.record_stream(stream)
-
-
-# by content: a table is addresses and sizes, right for whatever tensors have these
-_device_tables: OrderedDict[tuple[torch.device, bytes], DeviceTable] = OrderedDict()
-_captured: set[DeviceTable] = set()  # CUDA graphs hold their addresses, and nothing says when a graph is gone
-
-
-def launch(
-    table: ctypes.Array,
-    device: torch.device,
-    plan_table: Callable[[ctypes.Array], ctypes.Array[Chunk]],
-    function: Callable[..., int],
-    *arguments: Any,
-) -> None:
-    """function(tensors, chunks, num_chunks, *arguments, device, stream) on the current stream of `device`.
-
-    The table goes to the device the first time it is seen, which waits for the copy; not while a CUDA graph is captured.
-    """
-    key = (device, bytes(table))
-    known = _device_tables.get(key)
-    if known is None:
-        chunks = plan_table(table)
-        if not len(chunks):
-            return
-        known = _device_tables[key] = DeviceTable(table, chunks, device)
-    _device_tables.move_to_end(key)
-    while len(_device_tables) > TABLES_KEPT:
-        _device_tables.popitem(last=False)
-    stream = torch.cuda.current_stream(device)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.add(known)
-    else:
-        known.used_on(stream)
-    check(function(*known.arguments, *arguments, device.index, stream.cuda_stream))

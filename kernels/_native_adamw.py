@@ -1,192 +1,172 @@
-"""AdamW with moving average and copies in the native library: tables from lists of tensors, on a CPU and on CUDA."""
+"""AdamW with moving average and copies in the native library: a table from lists of tensors, once, and steps by it."""
 
 from __future__ import annotations
 
-import ctypes
+from array import array
 from collections.abc import Iterable, Sequence
-from itertools import repeat
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from ._adamw import Lists, Numbers, check_adamw_apart
 from ._native import (
-    COPY_DTYPES,
     DTYPE_CODES,
     NO_COPY,
+    STATUS_OVERLAP,
     AdamWEntry,
     AdamWGroup,
     AdamWScalars,
-    Chunk,
     addresses,
     check,
-    check_lists,
-    device_of,
-    dtype_of,
-    launch,
+    codes_of,
     library,
-    plan,
     table_of,
+    words_of,
 )
+from ._native_launch import DeviceTable
 
 CHUNK_ELEMENTS = 1 << 14  # per CUDA block: 0.65 MB of traffic, a thousand blocks for the smallest ViT
+MAXIMUM_GROUPS = 32  # VJEPA_MAXIMUM_GROUPS of csrc/capi.h
+ANY_GROUP = 1 << 62  # a table is checked before it is known which groups there are
+COLUMNS = [name for name, _ in AdamWEntry._fields_]
 
-Numbers = tuple[float, float, float, float, float]  # lr, beta1, beta2, eps, weight decay
 
+def words(lists: Lists) -> array[int]:
+    """The rows of the table, in one group, without gradients and steps."""
+    none = [0] * len(lists.params)
 
-def entries(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    shadows: Sequence[Tensor],
-    param_copies: Sequence[Tensor],
-    shadow_copies: Sequence[Tensor],
-    steps: Iterable[int],
-    groups: Iterable[int],
-    device_type: str,
-    walked: bool = False,
-) -> ctypes.Array[AdamWEntry]:
-    """The table of the step, of tensors that can be updated so; shadows and copies are there for all or for none.
+    def optional(tensors: Sequence[Tensor]) -> Iterable[int]:
+        return addresses(tensors) if tensors else none
 
-    steps: addresses of how many were done before, or zeros.
-    """
-    wide = (torch.float32,)
-    named = {
-        "params": (params, wide),
-        "grads": (grads, tuple(DTYPE_CODES)),
-        "exp_avgs": (exp_avgs, wide),
-        "exp_avg_sqs": (exp_avg_sqs, wide),
-    }
-    optional = {
-        "shadows": (shadows, wide),
-        "param_copies": (param_copies, COPY_DTYPES),
-        "shadow_copies": (shadow_copies, COPY_DTYPES),
-    }
-    check_lists(device_type, named | {name: pair for name, pair in optional.items() if pair[0]}, walked)
-    if bool(shadow_copies) != bool(shadows and param_copies):
-        raise ValueError("shadow_copies: expected them with shadows and param_copies, and only then")
-    if any(first.dtype != second.dtype for first, second in zip(param_copies, shadow_copies, strict=False)):
-        raise TypeError("shadow_copies: expected the dtypes of param_copies")
-
-    def optional_addresses(tensors: Sequence[Tensor]) -> Sequence[int]:
-        return list(addresses(tensors)) if tensors else [0] * len(params)
-
-    codes = DTYPE_CODES.__getitem__
-    return table_of(
-        AdamWEntry,
-        addresses(params),
-        addresses(grads),
-        addresses(exp_avgs),
-        addresses(exp_avg_sqs),
-        optional_addresses(shadows),
-        optional_addresses(param_copies),
-        optional_addresses(shadow_copies),
-        steps,
-        map(Tensor.numel, params),
-        map(codes, map(dtype_of, grads)),
-        map(codes, map(dtype_of, param_copies)) if param_copies else repeat(NO_COPY, len(params)),
-        groups,
+    return words_of(
+        len(none),
+        addresses(lists.params),
+        none,
+        addresses(lists.exp_avgs),
+        addresses(lists.exp_avg_sqs),
+        optional(lists.shadows),
+        optional(lists.param_copies),
+        optional(lists.shadow_copies),
+        none,
+        map(Tensor.numel, lists.params),
+        none,
+        [DTYPE_CODES[copy.dtype] if copy.numel() else NO_COPY for copy in lists.param_copies]
+        or [NO_COPY] * len(lists.params),
+        none,
     )
 
 
-def chunks_of(table: ctypes.Array[AdamWEntry], chunk_elements: int = CHUNK_ELEMENTS) -> ctypes.Array[Chunk]:
-    return plan(library().vjepa_adamw_plan, table, chunk_elements)
+class Step:
+    """Steps on lists of float32 tensors of one device, which stay as they are; gradients may come and go.
 
-
-def groups_of(steps: Sequence[Tensor], numbers: Numbers) -> tuple[list[int], ctypes.Array[AdamWGroup]]:
-    """Each parameter's group, and the groups: one for each number of steps that was done before this one."""
-    done = torch.stack(list(steps)).tolist() if steps else []
-    order = {count: group for group, count in enumerate(dict.fromkeys(done))}
-    groups = (AdamWGroup * len(order))(*(AdamWGroup(*numbers, int(count), None) for count in order))
-    return [order[count] for count in done], groups
-
-
-def check_steps(params: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    if len(steps) != len(params):
-        raise ValueError(f"steps: expected {len(params)} tensors, one for each of params, got {len(steps)}")
-    on_cpu = set(map(device_of, steps)) <= {torch.device("cpu")}
-    if on_cpu and set(map(dtype_of, steps)) <= {torch.float32} and not any(map(Tensor.dim, steps)):
-        return
-    for k, step in enumerate(steps):
-        if step.ndim or step.dtype != torch.float32 or step.device.type != "cpu":
-            raise ValueError(f"steps[{k}]: expected a float32 scalar on cpu, got {step.dtype} on {step.device}")
-
-
-def scalars_of(grad_factor: Tensor | None, device: torch.device) -> AdamWScalars | None:
-    if grad_factor is None:
-        return None
-    if grad_factor.ndim or grad_factor.dtype != torch.float32 or grad_factor.device != device:
-        given = f"{tuple(grad_factor.shape)} {grad_factor.dtype} on {grad_factor.device}"
-        raise ValueError(f"grad_factor: expected a float32 scalar on {device}, got {given}")
-    return AdamWScalars(grad_factor.data_ptr(), None, None)
-
-
-def adamw_ema_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    shadows: Sequence[Tensor],
-    param_copies: Sequence[Tensor],
-    shadow_copies: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-    grad_factor: Tensor | None = None,
-    threads: int | None = None,
-    walked: bool = False,
-) -> None:
-    """AdamW on `params`, moving average in `shadows`, copies of both, in place, in one threaded pass on the CPU.
-
-    All contiguous CPU tensors, float32 but grads (float32, bfloat16 or float16) and copies (bfloat16 or float16);
-    steps: float32 scalars, how many steps were done before; they count this one. shadows and copies may be empty.
-    grad_factor: float32 scalar by which gradients are multiplied. threads: at most so many (default:
-    `torch.get_num_threads()`); the result does not depend on it.
-    walked: the caller has seen that dtypes and layouts are these.
-    Raises ValueError, TypeError or NativeError as `ema_update_cpu` does; nothing is written then.
+    `load(grads)` and then `run(numbers)`. All lists are checked and walkable; gradients float32, bfloat16 or float16.
+    Raises ValueError in `load` on tensors that share memory with one that is written, NativeError in `run` on numbers
+    out of range; nothing is written then.
     """
-    check_steps(params, steps)
-    rows = (AdamWGroup * 1)(AdamWGroup(lr, beta1, beta2, eps, weight_decay, 0, None))
-    lists = (params, grads, exp_avgs, exp_avg_sqs, shadows, param_copies, shadow_copies)
-    table = entries(*lists, addresses(steps), repeat(0, len(params)), "cpu", walked)
-    scalars = scalars_of(grad_factor, torch.device("cpu"))
-    threads = torch.get_num_threads() if threads is None else threads
-    check(library().vjepa_adamw_cpu(table, len(table), rows, len(rows), scalars, momentum, threads))
+
+    def __init__(self, lists: Lists) -> None:
+        self.lists = lists
+        self.words = words(lists)
+        self._set: dict[str, list[int]] = {}
+
+    def set_column(self, name: str, values: list[int]) -> None:
+        if self._set.get(name) != values:
+            self.words[COLUMNS.index(name) :: len(COLUMNS)] = array("q", values)
+            self._set[name] = values
+
+    def load(self, grads: list[Tensor]) -> None:
+        """Take these gradients for the next step."""
+        self.set_column("grad", list(addresses(grads)))
+        self.set_column("grad_dtype", codes_of(grads))
+        status = library().vjepa_adamw_check(table_of(AdamWEntry, self.words), len(self.lists.params), ANY_GROUP)
+        if status == STATUS_OVERLAP:
+            check_adamw_apart(self.lists._replace(grads=grads))
+        check(status)
+
+    def group(self, numbers: Numbers, number: int, hyper: Sequence[float], done: int = 0) -> AdamWGroup:
+        """The library's row of a group; done: steps before this one, of parameters that do not say."""
+        lr, factor = (values[number].data_ptr() if values else None for values in (numbers.lrs, numbers.grad_factors))
+        return AdamWGroup(*hyper, done, lr, factor)
 
 
-def adamw_ema_cuda(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    shadows: Sequence[Tensor],
-    param_copies: Sequence[Tensor],
-    shadow_copies: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-    grad_factor: Tensor | None = None,
-    walked: bool = False,
-) -> None:
-    """`adamw_ema_cpu` on one CUDA device, in one launch on its current stream; asynchronous. The steps lie on the CPU."""
-    check_steps(params, steps)
-    groups, rows = groups_of(steps, (lr, beta1, beta2, eps, weight_decay))
-    lists = (params, grads, exp_avgs, exp_avg_sqs, shadows, param_copies, shadow_copies)
-    table = entries(*lists, repeat(0, len(params)), groups, "cuda", walked)
-    if not params:
-        return
-    devices = {param.device for param in params}
-    if len(devices) > 1:
-        raise ValueError(f"params: expected one device, got {sorted(map(str, devices))}")
-    device = devices.pop()
-    scalars = scalars_of(grad_factor, device)
-    launch(table, device, chunks_of, library().vjepa_adamw_cuda, rows, len(rows), scalars, momentum)
-    torch._foreach_add_(list(steps), 1)
+def scalars_of(numbers: Numbers) -> tuple[AdamWScalars, float]:
+    """What the whole step is told; the momentum by value unless it is a tensor."""
+    found_inf = None if numbers.found_inf is None else numbers.found_inf.data_ptr()
+    if isinstance(numbers.momentum, Tensor):
+        return AdamWScalars(found_inf, numbers.momentum.data_ptr()), 0.0
+    return AdamWScalars(found_inf, None), numbers.momentum
+
+
+class CPUStep(Step):
+    """In one threaded pass on the CPU, which counts the steps; the result does not depend on the number of threads."""
+
+    def __init__(self, lists: Lists, threads: int | None = None) -> None:
+        super().__init__(lists)
+        self.threads = threads
+        self.set_column("step", list(addresses(lists.steps)))
+
+    def run(self, numbers: Numbers) -> None:
+        rows, groups = [], []
+        for number, (places, hyper) in enumerate(numbers.groups()):
+            rows.append(self.group(numbers, number, hyper))
+            groups += [number] * (places.stop - places.start)
+        self.set_column("group", groups)
+        scalars, momentum = scalars_of(numbers)
+        threads = torch.get_num_threads() if self.threads is None else self.threads
+        table, group_rows = table_of(AdamWEntry, self.words), (AdamWGroup * len(rows))(*rows)
+        check(library().vjepa_adamw_cpu(table, len(table), group_rows, len(rows), scalars, momentum, threads))
+
+
+class CUDAStep(Step):
+    """In one launch on the current stream of a CUDA device, or one for each 32 groups; asynchronous.
+
+    Steps on the device are counted there. Those on the host are read there, and parameters of one group with unlike
+    steps become groups of their own.
+    """
+
+    def __init__(self, lists: Lists) -> None:
+        super().__init__(lists)
+        self.device = lists.params[0].device
+        self.counted = [step for step in lists.steps if step.numel()]
+        self.on_host = bool(self.counted) and self.counted[0].device != self.device
+        self.tables: dict[tuple[int, int], DeviceTable] = {}
+        if not self.on_host:
+            self.set_column("step", list(addresses(lists.steps)))
+
+    def run(self, numbers: Numbers) -> None:
+        scalars, momentum = scalars_of(numbers)
+        for start, end, rows in self.windows(numbers):
+            group_rows = (AdamWGroup * len(rows))(*rows)
+            own = self.words[start * len(COLUMNS) : end * len(COLUMNS)]
+            table = self.tables.get((start, end))
+            if table is None:
+                numels = map(Tensor.numel, self.lists.params[start:end])
+                table = self.tables[start, end] = DeviceTable(numels, CHUNK_ELEMENTS, self.device)
+            table.launch(own, library().vjepa_adamw_cuda, group_rows, len(rows), scalars, momentum)
+        if self.counted:
+            done = 1 if numbers.found_inf is None else (numbers.found_inf == 0).to(torch.float32)
+            torch._foreach_add_(self.counted, done)
+
+    def windows(self, numbers: Numbers) -> list[tuple[int, int, list[AdamWGroup]]]:
+        """Runs of parameters that are updated by one launch, with their groups; writes the column of groups."""
+        done = [0.0] * len(self.lists.params)
+        if self.on_host:
+            counts = iter(torch.stack(self.counted).tolist())
+            done = [next(counts) if step.numel() else 0.0 for step in self.lists.steps]
+        windows: list[tuple[int, int, list[AdamWGroup]]] = []
+        column: list[int] = []
+        rows: dict[tuple[int, float], AdamWGroup] = {}
+        start = 0
+        for number, (places, hyper) in enumerate(numbers.groups()):
+            for count, alike in groupby(done[places]):
+                key = (number, count)
+                if key not in rows and len(rows) == MAXIMUM_GROUPS:
+                    windows.append((start, len(column), list(rows.values())))
+                    start, rows = len(column), {}
+                if key not in rows:
+                    rows[key] = self.group(numbers, number, hyper, int(count))
+                column += [list(rows).index(key)] * len(list(alike))
+        windows.append((start, len(column), list(rows.values())))
+        self.set_column("group", column)
+        return windows

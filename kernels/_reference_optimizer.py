@@ -5,9 +5,13 @@ Nothing here reads a device tensor on the host.
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from ._adamw import Lists, Numbers
 
 
 def ema_update_(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor) -> None:
@@ -24,48 +28,42 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], copies: list[Tenso
         torch._foreach_copy_(copies, targets)
 
 
-def adamw_ema_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    shadows: list[Tensor],
-    param_copies: list[Tensor],
-    shadow_copies: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-    grad_factor: Tensor | None = None,
-) -> None:
+def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
     """torch's AdamW on params, then the EMA of them in shadows, then both into their low-precision copies."""
-    if not params:
-        return
-    if grad_factor is not None:
-        grads = list(torch._foreach_mul(grads, grad_factor))
-    # torch's fused kernel wants the step counts where the params are; ours are on the host, where reading them is free
-    fused = params[0].device.type == "cpu"
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        foreach=not fused,
-        fused=fused,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
+    found_inf = None if numbers.found_inf is None else (numbers.found_inf != 0).to(torch.float32)
+    for number, (places, (lr, beta1, beta2, eps, weight_decay)) in enumerate(numbers.groups()):
+        own = [tensors[places] for tensors in lists[:5]]
+        there = [step.numel() > 0 for step in own[-1]]
+        params, grads, exp_avgs, exp_avg_sqs, steps = (list(compress(tensors, there)) for tensors in own)
+        if not params:
+            continue
+        if numbers.grad_factors:
+            grads = list(torch._foreach_mul(grads, numbers.grad_factors[number]))
+        # torch's fused kernel wants the step counts where the params are, its other one on the host
+        fused = steps[0].device == params[0].device
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            foreach=not fused,
+            fused=fused,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=numbers.lrs[number] if numbers.lrs else lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
+    there = [shadow.numel() > 0 for shadow in lists.shadows]
+    shadows, params, shadow_copies = (
+        list(compress(tensors, there)) for tensors in (lists.shadows, lists.params, lists.shadow_copies)
     )
-    if shadows:
-        ema_update_(shadows, params, shadow_copies, momentum)
-    if param_copies:
-        torch._foreach_copy_(param_copies, params)
+    ema_update_(shadows, params, shadow_copies, numbers.momentum)
+    there = [copy.numel() > 0 for copy in lists.param_copies]
+    if any(there):
+        torch._foreach_copy_(list(compress(lists.param_copies, there)), list(compress(lists.params, there)))

@@ -8,7 +8,9 @@ Targets are float32: with m near 1 the update is below half a unit in the last p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +18,11 @@ from torch import Tensor, nn
 from . import _native, _native_ema
 from . import _reference_optimizer as reference
 from ._checks import describe
-from ._dispatch import Row, choose, define, register
+from ._dispatch import Row, choose, define, register, without_autocast
 from ._native import device_of, dtype_of
+from ._tensor_lists import WIDE, Kept, by_device, check_apart, check_pairs, local, local_list, plain, traced
 
 COPY_DTYPES = (torch.bfloat16, torch.float16)
-PLAIN = {Tensor, nn.Parameter}  # types whose lists are checked as wholes: a step has hundreds of tensors
-
-
-def _native_cpu(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float) -> None:
-    _native_ema.ema_update_cpu(targets, sources, momentum, copies or None, walked=True)
-
-
-def _native_cuda(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor) -> None:
-    _native_ema.ema_update_cuda(targets, sources, momentum, copies or None, walked=True)
 
 
 def native_cpu_why_not(device: torch.device) -> str | None:
@@ -45,45 +39,50 @@ def native_cuda_why_not(device: torch.device) -> str | None:
     return None if ok else reason
 
 
-def native_unfit(*lists: list[Tensor]) -> str | None:
-    """Why the native library cannot walk tensors of these lists, or None."""
-    for tensors in lists:
-        if not _native.walkable(tensors, _native.DTYPE_CODES):
-            wrong = (tensor for tensor in tensors if not _native.walkable([tensor], _native.DTYPE_CODES))
-            return f"it needs contiguous tensors of at most 32 bits, got {describe(next(wrong))}"
-    return None
+def _native_unfit(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor]) -> str | None:
+    for name, tensors in (("targets", targets), ("sources", sources)):
+        dtypes = {torch.float32: 0} if tensors is targets else _native.DTYPE_CODES
+        if not set(map(dtype_of, tensors)) <= set(dtypes):
+            wrong = next(tensor for tensor in tensors if tensor.dtype not in dtypes)
+            return f"it needs tensors of at most 32 bits, got {describe(wrong)} in {name}"
+    return _native.unwalkable({"targets": targets, "sources": sources, "copies": copies})
 
 
-def _native_unfit(
-    targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor
-) -> str | None:
-    return native_unfit(targets, sources, copies)  # the dtypes of targets and copies are the operator's own
-
-
-register(Row("ema_update_", "cpu", _native_cpu, why_not=native_cpu_why_not, unfit=_native_unfit))
+_cpu, _cuda = _native_ema.prepare_cpu, _native_ema.prepare_cuda
+register(Row("ema_update_", "cpu", why_not=native_cpu_why_not, unfit=_native_unfit, prepare=_cpu))
 # not automatic before it has been measured against the reference on a GPU
-register(Row("ema_update_", "cuda", _native_cuda, why_not=native_cuda_why_not, unfit=_native_unfit, automatic=False))
-register(Row("ema_update_", "reference", reference.ema_update_))
+register(Row("ema_update_", "cuda", why_not=native_cuda_why_not, unfit=_native_unfit, automatic=False, prepare=_cuda))
 
 
-def by_device(*lists: list[Tensor]) -> Iterator[tuple[torch.device, tuple[list[Tensor], ...]]]:
-    """Each device of the first list's tensors, and of each list (or empty list) those at their places."""
-    devices = list(map(device_of, lists[0]))
-    for device in dict.fromkeys(devices):
-        if devices.count(device) == len(devices):
-            yield device, lists
-        else:
-            places = [place for place, its in enumerate(devices) if its == device]
-            yield device, tuple([tensors[place] for place in places] if tensors else [] for tensors in lists)
+def _reference(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor]) -> Callable[[float | Tensor], None]:
+    check_apart({"targets": targets, "copies": copies}, {"sources": sources})
+    return partial(reference.ema_update_, targets, sources, copies)
+
+
+register(Row("ema_update_", "reference", prepare=_reference))
+
+
+def prepare(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor]) -> Callable[[float | Tensor], None]:
+    """update(momentum) of checked tensors of any devices; all that may be refused is refused before it."""
+    updates = [
+        choose("ema_update_", device, *lists).prepare(*lists) for device, lists in by_device(targets, sources, copies)
+    ]
+
+    def update(momentum: float | Tensor) -> None:
+        for one in updates:
+            one(momentum)
+        torch.autograd.graph.increment_version([*targets, *copies])
+
+    return update
 
 
 def _update(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
-    share = momentum if momentum.device.type != "cpu" else check_momentum(momentum.item())
-    if isinstance(share, Tensor) and set(map(device_of, targets)) - {share.device}:
-        raise ValueError(f"momentum must be on the device of all targets or on the CPU, got {describe(share)}")
-    for device, lists in by_device(targets, sources, copies):
-        choose("ema_update_", device, *lists, share).forward(*lists, share)
-    torch.autograd.graph.increment_version([*targets, *copies])
+    share = momentum_value(momentum)
+    check_pairs(("targets", "sources"), targets, sources, WIDE)
+    if copies:
+        check_pairs(("targets", "copies"), targets, copies, WIDE)
+    check_momentum_device(share, targets)
+    prepare(targets, sources, copies)(share)
 
 
 def _fake(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
@@ -119,32 +118,18 @@ def momentum_tensor(momentum: float | Tensor) -> Tensor:
     return momentum
 
 
-def check_pairs(
-    names: tuple[str, str], firsts: Sequence[Tensor], seconds: Sequence[Tensor], first_dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """Raise unless both lists pair up in number, shape and device, and the first have one of the dtypes."""
-    if len(firsts) != len(seconds):
-        raise ValueError(f"{names[1]} must have {len(firsts)} tensors like {names[0]}, got {len(seconds)}")
-    if (  # of lists as they should be, and not in a trace: it knows little of map
-        not torch.compiler.is_compiling()
-        and set(map(type, firsts)) | set(map(type, seconds)) <= PLAIN
-        and set(map(dtype_of, firsts)) <= set(first_dtypes)
-        and all(map(Tensor.is_floating_point, seconds))
-        and all(map(Tensor.is_same_size, firsts, seconds))
-        and list(map(device_of, firsts)) == list(map(device_of, seconds))
-    ):
-        return
-    for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
-        for name, tensor in zip(names, (first, second), strict=True):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}[{number}] must be a tensor, got {describe(tensor)}")
-        if first.dtype not in first_dtypes:
-            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in first_dtypes)
-            raise TypeError(f"{names[0]}[{number}] must be {expected}, got {describe(first)}")
-        if not second.is_floating_point():
-            raise TypeError(f"{names[1]}[{number}] must be a floating tensor, got {describe(second)}")
-        if second.shape != first.shape or second.device != first.device:
-            raise ValueError(f"{names[1]}[{number}] must be {describe(first)} like {names[0]}, got {describe(second)}")
+def momentum_value(momentum: float | Tensor) -> float | Tensor:
+    """`momentum` as a float in 0..1, or as the tensor on a device that it is, or an error."""
+    if not isinstance(momentum, Tensor):
+        return check_momentum(momentum)
+    checked = momentum_tensor(momentum)
+    return check_momentum(checked.item()) if checked.device.type == "cpu" else checked
+
+
+def check_momentum_device(momentum: float | Tensor, targets: Sequence[Tensor]) -> None:
+    """Raise unless a momentum that nobody may wait for is where it is needed."""
+    if isinstance(momentum, Tensor) and set(map(device_of, targets)) - {momentum.device}:
+        raise ValueError(f"momentum must be on the device of all targets or on the CPU, got {describe(momentum)}")
 
 
 def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
@@ -166,23 +151,10 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
             raise TypeError(f"{name} must be a list of tensors, got {describe(tensors)}")
     targets, sources = list(targets), list(sources)
     share = momentum_tensor(momentum)
-    check_pairs(("targets", "sources"), targets, sources, (torch.float32, torch.float64))
+    if torch.compiler.is_compiling() or not (plain(targets) and plain(sources)):  # else the operator checks them
+        check_pairs(("targets", "sources"), targets, sources, WIDE)
     with torch.no_grad():
         torch.ops.vjepa.ema_update_(targets, sources, [], share)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The local shard of a DTensor (sharing its memory), any other tensor itself; no communication."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def local_list(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """`local` of each."""
-    whole = list(tensors)
-    if not torch.compiler.is_compiling() and set(map(type, whole)) <= PLAIN:
-        return whole
-    return [local(tensor) for tensor in whole]
 
 
 class EMA:
@@ -225,19 +197,30 @@ class EMA:
             ("target_module", "source_module"),
             local_list(self._targets),
             local_list(self._sources),
-            (torch.float32, torch.float64),
+            WIDE,
         )
+        self._kept: Kept | None = None
         self.copies: dict[str, Tensor] = {}
         if copies is not None:
             self.copies = {name: local(target).detach().to(copies) for name, target in targets.items()}
 
     def update(self, momentum: float | Tensor) -> None:
         """t <- momentum * t + (1 - momentum) * s for every parameter, and the copies, in one pass for each device."""
-        share = momentum_tensor(momentum)
+        copies = list(self.copies.values())
         with torch.no_grad():
-            torch.ops.vjepa.ema_update_(
-                local_list(self._targets),
-                local_list(self._sources),
-                list(self.copies.values()),
-                share,
-            )
+            if traced() or not (plain(self._targets) and plain(self._sources)):
+                lists = (local_list(self._targets), local_list(self._sources), copies)
+                torch.ops.vjepa.ema_update_(*lists, momentum_tensor(momentum))
+                return
+            share = momentum_value(momentum)
+            check_momentum_device(share, self._targets)
+            if self._kept is None or not self._kept.holds():
+                self._kept = None
+                check_pairs(("target_module", "source_module"), self._targets, self._sources, WIDE)
+                check_pairs(("target_module", "copies"), self._targets if copies else [], copies, WIDE)
+                lists = (self._targets, self._sources, copies)
+                self._kept = Kept(prepare(*lists), [tensor for tensors in lists for tensor in tensors])
+            without_autocast(self._kept.run, share)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # addresses are good in this process alone

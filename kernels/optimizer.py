@@ -12,106 +12,24 @@ copies. The native library takes that one; the reference takes three: torch's Ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native_adamw
-from . import _reference_optimizer as reference
+from ._adamw import Lists, Numbers, check_scalar
+from ._adamw_step import Step
 from ._checks import describe
-from ._dispatch import Row, choose, define, register
-from ._native import device_of, walkable
-from .ema import (
-    COPY_DTYPES,
-    by_device,
-    check_momentum,
-    check_pairs,
-    local,
-    local_list,
-    momentum_tensor,
-    native_cpu_why_not,
-    native_cuda_why_not,
-    native_unfit,
-)
+from ._dispatch import without_autocast
+from ._native import device_of, dtype_of
+from ._tensor_lists import WIDE, Kept, alike, check_pairs, local, local_list, plain, traced
+from .ema import COPY_DTYPES, momentum_tensor, momentum_value
 
-WIDE = (torch.float32,)
-
-
-def _unfit(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    shadows: list[Tensor],
-    param_copies: list[Tensor],
-    shadow_copies: list[Tensor],
-    *numbers: object,
-) -> str | None:
-    for tensors in (params, exp_avgs, exp_avg_sqs, shadows):
-        if not walkable(tensors, WIDE):
-            other = next(tensor for tensor in tensors if not walkable([tensor], WIDE))
-            return f"it needs contiguous float32 parameters, moments and shadows, got {describe(other)}"
-    return native_unfit(grads, param_copies, shadow_copies)
-
-
-_cpu, _cuda = (partial(step, walked=True) for step in (_native_adamw.adamw_ema_cpu, _native_adamw.adamw_ema_cuda))
-register(Row("adamw_ema_", "cpu", _cpu, why_not=native_cpu_why_not, unfit=_unfit))
-register(
-    Row(
-        "adamw_ema_",
-        "cuda",
-        _cuda,
-        why_not=native_cuda_why_not,
-        unfit=_unfit,
-        automatic=False,  # before it has been measured against the reference on a GPU
-    )
-)
-register(Row("adamw_ema_", "reference", reference.adamw_ema_))
-
-
-def _update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    shadows: list[Tensor],
-    param_copies: list[Tensor],
-    shadow_copies: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-    grad_factor: Tensor | None = None,
-) -> None:
-    if grad_factor is not None and set(map(device_of, params)) - {grad_factor.device}:
-        raise ValueError(f"grad_factor must be on the device of all params, got {describe(grad_factor)}")
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, shadows, param_copies, shadow_copies)
-    numbers = (lr, beta1, beta2, eps, weight_decay, momentum, grad_factor)
-    for device, own in by_device(*lists):
-        choose("adamw_ema_", device, *own, *numbers).forward(*own, *numbers)
-    changed = (params, exp_avgs, exp_avg_sqs, steps, shadows, param_copies, shadow_copies)
-    torch.autograd.graph.increment_version([tensor for tensors in changed for tensor in tensors])
-
-
-def _fake(*arguments: object, **options: object) -> None:
-    return None
-
-
-define(
-    "adamw_ema_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
-    "Tensor(e!)[] shadows, Tensor(f!)[] param_copies, Tensor(g!)[] shadow_copies, float lr, float beta1, float beta2, "
-    "float eps, float weight_decay, float momentum, Tensor? grad_factor=None) -> ()",
-    _update,
-    _fake,
-)
+Scalars = Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None
+FOREIGN = {"foreach": None, "fused": None, "differentiable": False}  # what torch.optim.AdamW also keeps in its groups
+layout_of = operator.attrgetter("layout")
 
 
 def _number(name: str, value: object, low: float, high: float = float("inf")) -> float:
@@ -125,23 +43,71 @@ def _number(name: str, value: object, low: float, high: float = float("inf")) ->
     return float(value)
 
 
-def _check_group(group: dict[str, Any]) -> tuple[float, float, float, float, float]:
-    """lr, beta1, beta2, eps and weight decay of a group, or an error."""
+def _check_group(group: dict[str, Any]) -> list[float]:
+    """lr (0 if it is on a device), beta1, beta2, eps and weight decay of a group, or an error."""
     if group.get("amsgrad") or group.get("maximize"):
         raise ValueError("params must have amsgrad=False and maximize=False, got a group with one of them set")
-    betas = group["betas"]
+    betas, lr = group["betas"], group["lr"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"betas must be two numbers, got {describe(betas)}")
-    return (
-        _number("lr", group["lr"], 0),
+    if group.get("capturable") and _on_device(lr):
+        check_scalar("lr", lr)
+        lr = 0.0
+    return [
+        _number("lr", lr, 0),
         _number("betas[0]", betas[0], 0, 1),
         _number("betas[1]", betas[1], 0, 1),
         _number("eps", group["eps"], 0),
         _number("weight_decay", group["weight_decay"], 0),
-    )
+    ]
 
 
-GradFactor = Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None
+def _on_device(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _check_grads(params: list[Tensor], grads: list[Tensor]) -> None:
+    """Raise unless gradients are like their parameters; those of the same shards, if they are sharded."""
+    if (
+        plain(params)
+        and plain(grads)
+        and set(map(layout_of, grads)) <= {torch.strided}
+        and list(map(dtype_of, params)) == list(map(dtype_of, grads))
+        and alike(params, grads)
+    ):
+        return
+    for param, grad in zip(params, grads, strict=True):
+        if grad.layout != torch.strided:
+            raise TypeError(f"params must have dense gradients, got a sparse one for {describe(param)}")
+        if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
+            raise ValueError(f"gradients must be like their parameter {describe(param)}, got {describe(grad)}")
+        if getattr(grad, "placements", None) != getattr(param, "placements", None):
+            raise ValueError(f"gradients must be sharded like their parameter {describe(param)}, got another placement")
+
+
+def _layouts(tensors: list[Tensor]) -> list[tuple[int, ...]] | None:
+    """None of tensors that are all contiguous, otherwise the strides."""
+    return None if all(map(Tensor.is_contiguous, tensors)) else [tensor.stride() for tensor in tensors]
+
+
+def _fixed(lists: Lists) -> Lists:
+    """All but the gradients, which come and go."""
+    return lists._replace(grads=[])
+
+
+class _Own:
+    """What belongs to a list of parameters at every step, in their order; empty tensors for what they lack."""
+
+    def __init__(self, params: list[Tensor], shadows: dict[Tensor, Tensor], copies: dict[Tensor, Any]) -> None:
+        def of(values: Iterable[Tensor | None]) -> list[Tensor]:
+            return [torch.empty(0) if value is None else value for value in values]
+
+        self.params = params
+        self.shadows = of(shadows.get(param) for param in params)
+        self.param_copies = of(copies.get(param, (None, None))[0] for param in params) if copies else []
+        self.shadow_copies = of(copies.get(param, (None, None))[1] for param in params) if copies else []
+        # for parameters without gradient: gradient, moments and step
+        self.lacking = [tuple(torch.empty(0) for _ in range(4)) for _ in params]
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -153,6 +119,9 @@ class AdamWEMA(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as for torch.optim.AdamW, for each group; lr in units of the parameter.
         momentum: of the average, 0..1; set `.momentum` between steps to follow a schedule.
         copies: torch.bfloat16 or torch.float16: keep copies of parameters and shadows in this dtype.
+        capturable: keep the counts of steps on the parameters' devices, so that a CUDA graph can replay a step. `lr` of a
+            group may then be a 0-d float32 tensor and `momentum` a 0-d float64 tensor on the device, whose values are
+            read when the step runs and not checked.
 
     Attributes:
         momentum: see above. It is not in the state_dict, which is exactly that of torch.optim.AdamW, to and from which
@@ -161,31 +130,38 @@ class AdamWEMA(torch.optim.Optimizer):
             `copies`. Call `refresh_copies()` after writing to parameters or shadows by other means than `step()`.
 
     A parameter without a gradient keeps its value, its shadow still follows. Everything is checked before anything is
-    written. Groups added later have no shadows. DTensors are updated shard by shard, without communication.
+    written. Groups added later have no shadows. Parameters may lie on several devices. DTensors are updated shard by
+    shard, without communication. torch.amp.GradScaler unscales in the same pass, without waiting for the device, where
+    the counts of steps lie with the parameters.
 
     Raises:
-        TypeError, ValueError: tensors that do not pair up, shadows of lower precision than float32, numbers out of
-            range, sparse gradients, amsgrad or maximize in a loaded state.
+        TypeError, ValueError: tensors that do not pair up or share memory, shadows of lower precision than float32,
+            numbers out of range, sparse gradients, amsgrad or maximize in a loaded state.
     """
+
+    _own: _Own | None = None
+    _kept: Kept | None = None
+    _lists: Lists | None = None
+    _grad_layouts: list[tuple[int, ...]] | None = None
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         shadows: Iterable[Tensor | None],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        momentum: float = 0.998,
+        momentum: float | Tensor = 0.998,
         copies: torch.dtype | None = None,
+        capturable: bool = False,
     ) -> None:
         if copies is not None and copies not in COPY_DTYPES:
             raise TypeError(f"copies must be torch.bfloat16, torch.float16 or None, got {copies}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": bool(capturable)}
         _check_group(defaults)
-        flags = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}
-        choices = {"foreach": None, "fused": None, "decoupled_weight_decay": True}
-        super().__init__(params, {**defaults, **flags, **choices})  # the keys of torch.optim.AdamW, which loads them
+        flags = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
+        super().__init__(params, {**defaults, **flags, **FOREIGN})  # the keys of torch.optim.AdamW, which loads them
         for group in self.param_groups:
             _check_group(group)
         self.momentum = momentum
@@ -202,10 +178,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if getattr(shadow, "placements", None) != getattr(param, "placements", None):
                 raise ValueError("shadows must be sharded like params, got another placement")
         check_pairs(
-            ("shadows", "params"),
-            local_list(shadow for shadow, _ in paired),
-            local_list(param for _, param in paired),
-            (torch.float32, torch.float64),
+            ("shadows", "params"), *(local_list(one) for one in ([s for s, _ in paired], [p for _, p in paired])), WIDE
         )
         self._shadows: dict[Tensor, Tensor] = {param: shadow for shadow, param in paired}
         self.param_copies: list[Tensor] = []
@@ -218,13 +191,13 @@ class AdamWEMA(torch.optim.Optimizer):
         )
 
     @property
-    def momentum(self) -> float:
-        """Momentum of the average at the next step, 0..1."""
+    def momentum(self) -> float | Tensor:
+        """Momentum of the average at the next step, 0..1; a 0-d float64 tensor on a device is read there."""
         return self._momentum
 
     @momentum.setter
-    def momentum(self, value: float) -> None:
-        self._momentum = check_momentum(value)
+    def momentum(self, value: float | Tensor) -> None:
+        self._momentum = momentum_value(value)
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
@@ -234,118 +207,172 @@ class AdamWEMA(torch.optim.Optimizer):
             if shadow_copy is not None:
                 shadow_copy.copy_(local(self._shadows[param]))
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler may leave its scale and what it found to `step`, instead of waiting for it."""
+        groups = self.param_groups
+        return all(group["capturable"] or not any(map(_on_device, group["params"])) for group in groups)
+
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, grad_factor: GradFactor = None
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_factor: Scalars = None,
+        found_inf: Tensor | None = None,
     ) -> Any:
         """One update; returns what `closure` returns (None without one).
 
         Args:
             closure: computes the loss again, with gradients.
-            grad_factor: what gradients are multiplied by, such as unscaling times clipping: a float32 scalar on the
-                device of the parameters, or one (or None) for each group; it is not waited for. The gradients
-                themselves stay.
+            grad_factor: what gradients are multiplied by, such as unscaling times clipping: a 0-d float32 tensor, or
+                one (or None) for each group; it is not waited for. The gradients themselves stay.
+            found_inf: 0-d float32 tensor; unless it is 0, parameters, moments and counts stay what they are and shadows
+                still follow. It is not waited for; on a device it needs `capturable`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hyper = [_check_group(group) for group in self.param_groups]
-        factors = self._check_factors(grad_factor)
-        for group in self.param_groups:
-            for param in group["params"]:
-                self._check_grad(param)
-        for group, numbers, factor in zip(self.param_groups, hyper, factors, strict=True):
-            followed: list[Tensor] = []
-            alone: list[Tensor] = []
-            still: list[Tensor] = []
-            for param in group["params"]:
-                if param in self._shadows:
-                    (still if param.grad is None else followed).append(param)
-                elif param.grad is not None:
-                    alone.append(param)
-            for params in (followed, alone):
-                if not params:
-                    continue
-                states = [self._state_of(param) for param in params]
-                torch.ops.vjepa.adamw_ema_(
-                    local_list(params),
-                    local_list(param.grad for param in params),  # type: ignore[misc]
-                    local_list(state["exp_avg"] for state in states),
-                    local_list(state["exp_avg_sq"] for state in states),
-                    [state["step"] for state in states],
-                    self._local_shadows(params) if params is followed else [],
-                    self._copies(params, 0),
-                    self._copies(params, 1) if params is followed else [],
-                    *numbers,
-                    self.momentum,
-                    factor,
-                )
-            if still:
-                torch.ops.vjepa.ema_update_(
-                    self._local_shadows(still),
-                    local_list(still),
-                    self._copies(still, 1),
-                    momentum_tensor(self.momentum),
-                )
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        there = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+        numbers = self._numbers(grad_factor, found_inf)
+        _check_grads([param for param, _ in there], [grad for _, grad in there])
+        lists = self._lists_of(params, grads)
+        if traced() or not plain(lists.params):
+            momentum = momentum_tensor(self.momentum)
+            torch.ops.vjepa.adamw_ema_(*lists, *numbers._replace(momentum=momentum))
+        else:
+            without_autocast(self._prepared(lists), lists.grads, numbers)
         return loss
+
+    def _prepared(self, lists: Lists) -> Callable[[list[Tensor], Numbers], None]:
+        """The step that was prepared for these tensors, as long as they are the same, whatever their gradients."""
+        kept, before, layouts = self._kept, self._lists, _layouts(lists.grads)
+        if (
+            kept is None
+            or before is None
+            or layouts != self._grad_layouts
+            or not all(all(map(operator.is_, *pair)) for pair in zip(_fixed(lists), _fixed(before), strict=True))
+            or not kept.holds()
+        ):
+            self._kept = None
+            step = Step(lists)
+
+            def run(grads: list[Tensor], numbers: Numbers) -> None:
+                step.load(grads)
+                step.run(numbers)
+
+            moments = [*lists.exp_avgs, *lists.exp_avg_sqs, *lists.steps]
+            self._kept = kept = Kept(
+                run, [*lists.params, *lists.shadows], [*moments, *lists.param_copies, *lists.shadow_copies]
+            )
+            self._lists, self._grad_layouts = lists, layouts
+        return kept.run
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an AdamWEMA or of a torch.optim.AdamW (without amsgrad and maximize)."""
         for group in state_dict["param_groups"]:
             _check_group(group)
+        capturable = [group["capturable"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group.update(foreach=None, fused=None, capturable=False, differentiable=False)
-        for state in self.state.values():  # the count is read on the host, whatever kernel wrote the state
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
+        for group, its in zip(self.param_groups, capturable, strict=True):
+            group.update(FOREIGN, capturable=its)
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state:  # counted where this optimizer counts, whatever kernel wrote the state
+                    step = torch.as_tensor(state["step"], dtype=torch.float32)
+                    state["step"] = step.to(param.device if its else "cpu")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_momentum", "_shadows", "param_copies", "shadow_copies", "_copies_of")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
-    def _local_shadows(self, params: Sequence[Tensor]) -> list[Tensor]:
-        return local_list(self._shadows[param] for param in params)
+    def _lists_of(self, params: list[Tensor], grads: list[Tensor | None]) -> Lists:
+        own = self._own
+        if own is None or len(own.params) != len(params) or not all(map(operator.is_, own.params, params)):
+            own = self._own = _Own(params, self._shadows, self._copies_of)
+        rows = [
+            lacking if grad is None else (grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            for grad, state, lacking in zip(grads, self._states(params, grads), own.lacking, strict=True)
+        ]
+        columns = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
+        its_grads, exp_avgs, exp_avg_sqs, steps = map(local_list, columns)
+        return Lists(
+            local_list(params),
+            its_grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            local_list(own.shadows),
+            own.param_copies,
+            own.shadow_copies,
+        )
 
-    def _copies(self, params: Sequence[Tensor], place: int) -> list[Tensor]:
-        """Copies of the parameters (place 0) or of their shadows (1), all of which are there or none."""
-        pairs = (self._copies_of[param] for param in params if self.param_copies and param in self._copies_of)
-        return [pair[place] for pair in pairs]  # type: ignore[misc]
+    def _states(self, params: list[Tensor], grads: list[Tensor | None]) -> list[dict[str, Tensor]]:
+        """The states of the parameters, begun where there is a gradient for the first time, {} without any."""
+        states = [self.state.get(param) or {} for param in params]
+        if not all(states):
+            capturable = [group["capturable"] for group in self.param_groups for _ in group["params"]]
+            for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                if states[place] or grad is None:
+                    continue
+                step = torch.zeros((), device=param.device if capturable[place] else "cpu", dtype=torch.float32)
+                moments = (torch.zeros_like(param, memory_format=torch.preserve_format) for _ in range(2))
+                states[place] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
+                self.state[param] = states[place]
+        return states
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return state
+    def _numbers(self, grad_factor: Scalars, found_inf: Tensor | None) -> Numbers:
+        groups = self.param_groups
+        hyper = [number for group in groups for number in _check_group(group)]
+        if len({bool(group["capturable"]) for group in groups}) > 1:
+            raise ValueError("params must have one capturable for all groups, got some with and some without")
+        devices = set(map(device_of, (param for group in groups for param in group["params"])))
+        lrs = [group["lr"] for group in groups]
+        if any(map(_on_device, lrs)):
+            lrs = [lr if isinstance(lr, Tensor) else self._constant(lr, devices) for lr in lrs]
+        else:
+            lrs = []
+        factors = self._factors(grad_factor, devices)
+        # what torch.amp.GradScaler leaves for a step that `_step_supports_amp_scaling`
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if isinstance(scale, Tensor):
+            unscale = scale.reshape(()).float().reciprocal()
+            factors = [factor.to(unscale.device) * unscale for factor in factors] or [unscale] * len(groups)
+        if isinstance(found, Tensor):
+            found_inf = found.reshape(()).float()
+        if found_inf is not None:
+            _check_scalar_on("found_inf", found_inf, devices)
+            if not groups[0]["capturable"] and any(device.type != "cpu" for device in devices):
+                raise ValueError(
+                    "found_inf must come with capturable=True for params on a device, got capturable=False"
+                )
+        return Numbers([len(group["params"]) for group in groups], hyper, self.momentum, lrs, factors, found_inf)
 
-    def _check_factors(self, grad_factor: GradFactor) -> list[Tensor | None]:
-        """A factor or None for each group."""
+    def _factors(self, grad_factor: Scalars, devices: set[torch.device]) -> list[Tensor]:
+        """A factor for each group, or none."""
         if grad_factor is not None and not isinstance(grad_factor, Tensor | list | tuple):
             raise TypeError(f"grad_factor must be a 0-d float32 tensor or a list, got {describe(grad_factor)}")
-        if grad_factor is None or isinstance(grad_factor, Tensor):
-            factors = [grad_factor] * len(self.param_groups)
-        else:
-            factors = list(grad_factor)
-        if len(factors) != len(self.param_groups):
-            raise ValueError(f"grad_factor must have {len(self.param_groups)} entries like groups, got {len(factors)}")
-        for factor, group in zip(factors, self.param_groups, strict=True):
-            if factor is None:
-                continue
-            if not isinstance(factor, Tensor) or factor.ndim or factor.dtype != torch.float32:
-                raise TypeError(f"grad_factor must be a 0-d float32 tensor, got {describe(factor)}")
-            for param in group["params"]:
-                if param.device != factor.device:
-                    raise ValueError(f"grad_factor must be on the device of {describe(param)}, got {describe(factor)}")
-        return factors
+        count = len(self.param_groups)
+        factors = [grad_factor] * count if grad_factor is None or isinstance(grad_factor, Tensor) else list(grad_factor)
+        if len(factors) != count:
+            raise ValueError(f"grad_factor must have {count} entries like groups, got {len(factors)}")
+        for factor in factors:
+            if factor is not None:
+                _check_scalar_on("grad_factor", factor, devices)
+        if all(factor is None for factor in factors):
+            return []
+        return [self._constant(1.0, devices) if factor is None else factor for factor in factors]
 
     @staticmethod
-    def _check_grad(param: Tensor) -> None:
-        grad = param.grad
-        if grad is None:
-            return
-        if grad.is_sparse:
-            raise TypeError(f"params must have dense gradients, got a sparse one for {describe(param)}")
-        if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
-            raise ValueError(f"gradients must be like their parameter {describe(param)}, got {describe(grad)}")
+    def _constant(value: float, devices: set[torch.device]) -> Tensor:
+        return torch.full((), value, dtype=torch.float32, device=min(devices, key=str))
+
+
+def _check_scalar_on(name: str, value: object, devices: set[torch.device]) -> None:
+    check_scalar(name, value)
+    if value.device.type != "cpu" and value.device not in devices:  # type: ignore[attr-defined]
+        expected = " or ".join(sorted(map(str, devices)))
+        raise ValueError(f"{name} must be on the device of params ({expected}) or on the CPU, got {describe(value)}")

@@ -1,4 +1,4 @@
-// AdamW with moving average on a CPU, the chunk plan of the CUDA kernel, and that kernel executed on the host.
+// AdamW with moving average on a CPU, and the CUDA kernel executed on the host.
 #include "../include/vjepa/adamw.h"
 
 #include <vector>
@@ -31,7 +31,12 @@ void adamw_piece(const vjepa_adamw_tensor &tensor, int64_t begin, int64_t end, c
   if (streamed) finish_streams();
 }
 
-int32_t adamw_check(const vjepa_adamw_tensor *tensors, int64_t count, int64_t num_groups) {
+}  // namespace
+}  // namespace vjepa
+
+using namespace vjepa;
+
+extern "C" int32_t vjepa_adamw_check(const vjepa_adamw_tensor *tensors, int64_t count, int64_t num_groups) {
   if (count < 0) return VJEPA_ERROR_NEGATIVE_SIZE;
   if (count > 0 && !tensors) return VJEPA_ERROR_NULL_POINTER;
   Spans spans;
@@ -40,9 +45,11 @@ int32_t adamw_check(const vjepa_adamw_tensor *tensors, int64_t count, int64_t nu
     const bool has_copy = tensor.copy_dtype != VJEPA_NONE;
     if (!is_float_dtype(tensor.grad_dtype) || (has_copy && !is_copy_dtype(tensor.copy_dtype))) return VJEPA_ERROR_DTYPE;
     if (tensor.group < 0 || tensor.group >= num_groups) return VJEPA_ERROR_GROUP;
-    spans.add(tensor.grad, tensor.numel, dtype_bytes(tensor.grad_dtype), false);
-    for (const float *state : {tensor.param, tensor.exp_avg, tensor.exp_avg_sq}) {
-      spans.add(state, tensor.numel, sizeof(float), true);
+    spans.add(tensor.param, tensor.numel, sizeof(float), true);
+    if (tensor.grad) {
+      spans.add(tensor.grad, tensor.numel, dtype_bytes(tensor.grad_dtype), false);
+      spans.add(tensor.exp_avg, tensor.numel, sizeof(float), true);
+      spans.add(tensor.exp_avg_sq, tensor.numel, sizeof(float), true);
     }
     if (tensor.shadow) spans.add(tensor.shadow, tensor.numel, sizeof(float), true);
     if (has_copy) spans.add(tensor.param_copy, tensor.numel, dtype_bytes(tensor.copy_dtype), true);
@@ -51,27 +58,13 @@ int32_t adamw_check(const vjepa_adamw_tensor *tensors, int64_t count, int64_t nu
   return spans.status();
 }
 
-bool adamw_packable(const vjepa_adamw_tensor &tensor) {
-  for (const float *state : {tensor.param, tensor.exp_avg, tensor.exp_avg_sq, tensor.shadow}) {
-    if (!packable(state, sizeof(float))) return false;
-  }
-  return packable(tensor.grad, dtype_bytes(tensor.grad_dtype)) &&
-         packable(tensor.param_copy, dtype_bytes(tensor.copy_dtype)) &&
-         packable(tensor.shadow_copy, dtype_bytes(tensor.copy_dtype));
-}
-
-}  // namespace
-}  // namespace vjepa
-
-using namespace vjepa;
-
 extern "C" int32_t vjepa_adamw_cpu(const vjepa_adamw_tensor *tensors, int64_t count, const vjepa_adamw_group *groups,
                                    int64_t num_groups, const vjepa_adamw_scalars *given, double momentum,
                                    int32_t threads) {
   const vjepa_adamw_scalars scalars = given ? *given : vjepa_adamw_scalars{};
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (const int32_t status = adamw_check_groups(groups, num_groups, scalars, momentum)) return status;
-  if (const int32_t status = adamw_check(tensors, count, num_groups)) return status;
+  if (const int32_t status = vjepa_adamw_check(tensors, count, num_groups)) return status;
   for (int64_t k = 0; k < count; ++k) {
     const float *step = tensors[k].step;
     if (step && !(*step >= 0.0f && *step < kMaximumStep)) return VJEPA_ERROR_GROUP;
@@ -86,29 +79,23 @@ extern "C" int32_t vjepa_adamw_cpu(const vjepa_adamw_tensor *tensors, int64_t co
     adamw_piece(tensors[k], begin, end, steps[k], streamed);
   });
   for (int64_t k = 0; k < count; ++k) {
-    if (tensors[k].step && !steps[k].skip) *tensors[k].step += 1.0f;
+    if (tensors[k].step && !found_inf(scalars)) *tensors[k].step += 1.0f;
   }
   return VJEPA_OK;
 }
 
-extern "C" int32_t vjepa_adamw_plan(const vjepa_adamw_tensor *tensors, int64_t count, int64_t chunk_elements,
-                                    vjepa_chunk *chunks, int64_t capacity, int64_t *num_chunks) {
-  if (const int32_t status = adamw_check(tensors, count, kMaximumGroups)) return status;
-  return plan_chunks(tensors, count, chunk_elements, chunks, capacity, num_chunks, adamw_packable);
-}
-
-extern "C" int32_t vjepa_adamw_cuda_on_host(const vjepa_adamw_tensor *tensors, const vjepa_chunk *chunks,
-                                            int64_t num_chunks, const vjepa_adamw_group *groups, int64_t num_groups,
+extern "C" int32_t vjepa_adamw_cuda_on_host(const vjepa_adamw_tensor *tensors, const vjepa_grid *grid,
+                                            const vjepa_adamw_group *groups, int64_t num_groups,
                                             const vjepa_adamw_scalars *given, double momentum) {
   const vjepa_adamw_scalars scalars = given ? *given : vjepa_adamw_scalars{};
-  if (num_chunks < 0) return VJEPA_ERROR_NEGATIVE_SIZE;
-  if (num_chunks > 0 && (!tensors || !chunks)) return VJEPA_ERROR_NULL_POINTER;
-  if (num_groups > kMaximumGroups) return VJEPA_ERROR_GROUP;
+  if (const int32_t status = check_grid(tensors, grid)) return status;
+  if (num_groups > VJEPA_MAXIMUM_GROUPS) return VJEPA_ERROR_GROUP;
   if (const int32_t status = adamw_check_groups(groups, num_groups, scalars, momentum)) return status;
-  for (int64_t block = 0; block < num_chunks; ++block) {
-    const vjepa_adamw_tensor &tensor = tensors[chunks[block].tensor];
+  for (int64_t block = 0; block < grid->num_chunks; ++block) {
+    const Chunk chunk = find_chunk(tensors, *grid, block);
+    const vjepa_adamw_tensor &tensor = tensors[chunk.tensor];
     const AdamwStep step = adamw_step(tensor, groups[tensor.group], scalars, momentum);
-    for (int64_t lane = 0; lane < kBlockThreads; ++lane) adamw_chunk(tensor, chunks[block], step, lane, kBlockThreads);
+    for (int64_t lane = 0; lane < kBlockThreads; ++lane) adamw_chunk(tensor, chunk, step, lane, kBlockThreads);
   }
   return VJEPA_OK;
 }

@@ -1,4 +1,4 @@
-// The EMA update on a CPU, the chunk plan of the CUDA kernel, and that kernel executed on the host.
+// The EMA update on a CPU, and the CUDA kernel executed on the host.
 #include "../include/vjepa/ema.h"
 
 #include "../include/vjepa/table_check.h"
@@ -10,7 +10,12 @@ namespace {
 
 constexpr int64_t kMinimumPerPiece = 1 << 16;  // elements; 0.75 MB of traffic, 50 microseconds
 
-int32_t ema_check(const vjepa_ema_tensor *tensors, int64_t count) {
+}  // namespace
+}  // namespace vjepa
+
+using namespace vjepa;
+
+extern "C" int32_t vjepa_ema_check(const vjepa_ema_tensor *tensors, int64_t count) {
   if (count < 0) return VJEPA_ERROR_NEGATIVE_SIZE;
   if (count > 0 && !tensors) return VJEPA_ERROR_NULL_POINTER;
   Spans spans;
@@ -26,20 +31,10 @@ int32_t ema_check(const vjepa_ema_tensor *tensors, int64_t count) {
   return spans.status();
 }
 
-bool ema_packable(const vjepa_ema_tensor &tensor) {
-  return packable(tensor.target, sizeof(float)) && packable(tensor.source, dtype_bytes(tensor.source_dtype)) &&
-         (tensor.copy_dtype == VJEPA_NONE || packable(tensor.copy, dtype_bytes(tensor.copy_dtype)));
-}
-
-}  // namespace
-}  // namespace vjepa
-
-using namespace vjepa;
-
 extern "C" int32_t vjepa_ema_cpu(const vjepa_ema_tensor *tensors, int64_t count, double momentum, int32_t threads) {
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (const int32_t status = check_momentum(momentum)) return status;
-  if (const int32_t status = ema_check(tensors, count)) return status;
+  if (const int32_t status = vjepa_ema_check(tensors, count)) return status;
   const EmaStep step = ema_step(momentum);
   const bool streamed = total_numel(tensors, count) >= kStreamed;
   parallel_for_tensors(tensors, count, kMinimumPerPiece, threads, [&](int64_t k, int64_t begin, int64_t end) {
@@ -54,23 +49,17 @@ extern "C" int32_t vjepa_ema_cpu(const vjepa_ema_tensor *tensors, int64_t count,
   return VJEPA_OK;
 }
 
-extern "C" int32_t vjepa_ema_plan(const vjepa_ema_tensor *tensors, int64_t count, int64_t chunk_elements,
-                                  vjepa_chunk *chunks, int64_t capacity, int64_t *num_chunks) {
-  if (const int32_t status = ema_check(tensors, count)) return status;
-  return plan_chunks(tensors, count, chunk_elements, chunks, capacity, num_chunks, ema_packable);
-}
-
-extern "C" int32_t vjepa_ema_cuda_on_host(const vjepa_ema_tensor *tensors, const vjepa_chunk *chunks,
-                                          int64_t num_chunks, double momentum, const double *momentum_on_device) {
-  if (num_chunks < 0) return VJEPA_ERROR_NEGATIVE_SIZE;
-  if (num_chunks > 0 && (!tensors || !chunks)) return VJEPA_ERROR_NULL_POINTER;
+extern "C" int32_t vjepa_ema_cuda_on_host(const vjepa_ema_tensor *tensors, const vjepa_grid *grid, double momentum,
+                                          const double *momentum_on_device) {
+  if (const int32_t status = check_grid(tensors, grid)) return status;
   if (!momentum_on_device) {
     if (const int32_t status = check_momentum(momentum)) return status;
   }
   const EmaStep step = ema_step(momentum_on_device ? *momentum_on_device : momentum);
-  for (int64_t block = 0; block < num_chunks; ++block) {
+  for (int64_t block = 0; block < grid->num_chunks; ++block) {
+    const Chunk chunk = find_chunk(tensors, *grid, block);
     for (int64_t lane = 0; lane < kBlockThreads; ++lane) {
-      ema_chunk(tensors[chunks[block].tensor], chunks[block], step, lane, kBlockThreads);
+      ema_chunk(tensors[chunk.tensor], chunk, step, lane, kBlockThreads);
     }
   }
   return VJEPA_OK;

@@ -11,13 +11,13 @@ namespace vjepa {
 namespace {
 
 struct Groups {
-  vjepa_adamw_group rows[kMaximumGroups];
+  vjepa_adamw_group rows[VJEPA_MAXIMUM_GROUPS];
 };
 
 __global__ void __launch_bounds__(kBlockThreads)
-    adamw_kernel(const vjepa_adamw_tensor *tensors, const vjepa_chunk *chunks, const __grid_constant__ Groups groups,
-                 vjepa_adamw_scalars scalars, double momentum) {
-  const vjepa_chunk &chunk = chunks[blockIdx.x];
+    adamw_kernel(const vjepa_adamw_tensor *tensors, const __grid_constant__ vjepa_grid grid,
+                 const __grid_constant__ Groups groups, vjepa_adamw_scalars scalars, double momentum) {
+  const Chunk chunk = find_chunk(tensors, grid, blockIdx.x);
   const vjepa_adamw_tensor &tensor = tensors[chunk.tensor];
   // Powers and divisions in float64 are slow on most GPUs: one thread computes them for its block.
   __shared__ AdamwStep step;
@@ -31,16 +31,16 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 using namespace vjepa;
 
-extern "C" int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *tensors, const vjepa_chunk *chunks, int64_t num_chunks,
+extern "C" int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *tensors, const vjepa_grid *grid,
                                     const vjepa_adamw_group *groups, int64_t num_groups,
                                     const vjepa_adamw_scalars *given, double momentum, int32_t device, void *stream) {
   const vjepa_adamw_scalars scalars = given ? *given : vjepa_adamw_scalars{};
-  if (num_groups > kMaximumGroups) return VJEPA_ERROR_GROUP;
+  if (num_groups > VJEPA_MAXIMUM_GROUPS) return VJEPA_ERROR_GROUP;
   if (const int32_t status = adamw_check_groups(groups, num_groups, scalars, momentum)) return status;
   Groups copied{};
   std::copy(groups, groups + num_groups, copied.rows);
-  return launch_chunks(tensors, chunks, num_chunks, device, [&](unsigned blocks) {
-    adamw_kernel<<<blocks, kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(tensors, chunks, copied, scalars,
+  return launch_chunks(tensors, grid, device, [&](unsigned blocks) {
+    adamw_kernel<<<blocks, kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(tensors, *grid, copied, scalars,
                                                                                   momentum);
   });
 }

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vjepa.kernels import _native, _native_ema
+from vjepa.kernels import _native, _native_ema, _native_launch
 
 AVAILABLE, REASON = _native.available()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -39,12 +39,20 @@ def tensors(sizes, source_dtype, copy_dtype, shift=0):
     return targets, sources, [view(torch.full((n + shift,), torch.nan, dtype=copy_dtype)) for n in sizes]
 
 
-def cuda_code_on_host(targets, sources, momentum, copies=None, chunk_elements=_native_ema.CHUNK_ELEMENTS, scalar=None):
+def update_on_cpu(targets, sources, momentum, copies=None, threads=None):
+    _native_ema.prepare_cpu(targets, sources, copies or (), threads)(momentum)
+
+
+def grid_of(chunks, elements):
+    return _native.Grid(chunks.buffer_info()[0], len(chunks) - 1, chunks[-1], elements)
+
+
+def cuda_code_on_host(targets, sources, momentum, copies=None, elements=_native_ema.CHUNK_ELEMENTS, scalar=None):
     """What the CUDA kernel does with these tensors: the same tables, the same blocks and threads, on the host."""
-    table = _native_ema.entries(targets, sources, copies, "cpu")
-    chunks = _native_ema.chunks_of(table, chunk_elements)
-    _native.check(_native.library().vjepa_ema_cuda_on_host(table, chunks, len(chunks), momentum, scalar))
-    return chunks
+    words = _native_ema.words(targets, sources, copies or ())
+    chunks = _native_launch.first_chunks(map(torch.Tensor.numel, targets), elements)
+    function = _native.library().vjepa_ema_cuda_on_host
+    _native.check(function(words.buffer_info()[0], grid_of(chunks, elements), momentum, scalar))
 
 
 def assert_formula(before, sources, after, copies, momentum=MOMENTUM):
@@ -61,9 +69,9 @@ def assert_formula(before, sources, after, copies, momentum=MOMENTUM):
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("copy_dtype", COPIES, ids=str)
 @pytest.mark.parametrize("source_dtype", SOURCES, ids=str)
-@pytest.mark.parametrize("update", [_native_ema.ema_update_cpu, cuda_code_on_host], ids=["cpu", "cuda on host"])
+@pytest.mark.parametrize("update", [update_on_cpu, cuda_code_on_host], ids=["cpu", "cuda on host"])
 def test_ema_is_its_formula(update, source_dtype, copy_dtype, shift):
-    sizes = SIZES if update is _native_ema.ema_update_cpu else SIZES[:-1]
+    sizes = SIZES if update is update_on_cpu else SIZES[:-1]
     targets, sources, copies = tensors(sizes, source_dtype, copy_dtype, shift)
     before = [t.clone() for t in targets]
     update(targets, sources, MOMENTUM, copies)
@@ -74,7 +82,7 @@ def test_ema_is_its_formula(update, source_dtype, copy_dtype, shift):
 def test_cuda_code_gives_the_bits_of_the_cpu(source_dtype):
     sizes = (5, 300_007, 0, 65_536)
     results = []
-    for update in (_native_ema.ema_update_cpu, cuda_code_on_host):
+    for update in (update_on_cpu, cuda_code_on_host):
         targets, sources, copies = tensors(sizes, source_dtype, torch.bfloat16)
         update(targets, sources, MOMENTUM, copies)
         results.append((targets, copies))
@@ -84,7 +92,7 @@ def test_cuda_code_gives_the_bits_of_the_cpu(source_dtype):
 
 def updated(threads):
     targets, sources, copies = tensors((2**20 + 3, 1, 2**19 + 1), torch.float32, torch.bfloat16)
-    _native_ema.ema_update_cpu(targets, sources, MOMENTUM, copies, threads=threads)
+    update_on_cpu(targets, sources, MOMENTUM, copies, threads=threads)
     return [*targets, *copies]
 
 
@@ -110,7 +118,7 @@ def test_many_tensors_at_once(team):
     sizes = [(n * 7919) % 2003 for n in range(1000)]
     targets, sources, _ = tensors(sizes, torch.float32, None)
     before = [t.clone() for t in targets]
-    _native_ema.ema_update_cpu(targets, sources, MOMENTUM, threads=3)
+    update_on_cpu(targets, sources, MOMENTUM, threads=3)
     assert_formula(before, sources, targets, None)
 
 
@@ -121,11 +129,12 @@ def test_a_forked_child_computes_with_threads_of_its_own():
 import os, torch
 from vjepa.kernels import _native_ema
 targets, sources = [torch.zeros(2**21)], [torch.ones(2**21)]
-_native_ema.ema_update_cpu(targets, sources, 0.5, threads=2)
+update = _native_ema.prepare_cpu(targets, sources, threads=2)
+update(0.5)
 child = os.fork()
 if child == 0:
     torch.set_num_threads(1)  # PyTorch's own threads stay behind in the parent, and it would wait for them
-    _native_ema.ema_update_cpu(targets, sources, 0.5, threads=2)
+    update(0.5)
     os._exit(0 if bool((targets[0] == 0.75).all()) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
@@ -162,7 +171,7 @@ def test_beyond_two_to_the_31_elements(tmp_path):
     numel = 2**31 + 2**20
     target, piece, end = folded(numel, 1.0, 8.0, tmp_path)
     source, _, _ = folded(numel, 1.0, 0.0, tmp_path)
-    _native_ema.ema_update_cpu([target], [source], 0.5, threads=2)
+    update_on_cpu([target], [source], 0.5, threads=2)
     assert torch.equal(end, torch.full_like(end, 4.0))
     assert torch.equal(piece, torch.ones_like(piece))  # equal to its source, it stays, however often it is updated
 
@@ -171,9 +180,12 @@ def test_the_cuda_code_reaches_beyond_two_to_the_31_elements():
     """Only the last chunk of tensors whose other pages no one touches."""
     target, source = torch.empty(2**31 + 67), torch.empty(2**31 + 67)
     target[-67:], source[-67:] = 1.0, 2.0
-    table = _native_ema.entries([target], [source], None, "cpu")
-    chunks = (_native.Chunk * 1)(_native.Chunk(0, 2**31, 2**31 + 67, 1))
-    _native.check(_native.library().vjepa_ema_cuda_on_host(table, chunks, 1, 0.5, None))
+    words = _native_ema.words([target], [source], ())
+    chunks = _native_launch.first_chunks([target.numel()], 2**31)
+    assert list(chunks) == [0, 2]
+    chunks[0] = -1  # so that the only block does the second chunk
+    grid = _native.Grid(chunks.buffer_info()[0], 1, 1, 2**31)
+    _native.check(_native.library().vjepa_ema_cuda_on_host(words.buffer_info()[0], grid, 0.5, None))
     assert torch.equal(target[-67:], torch.full((67,), 1.5))
 
 
@@ -205,7 +217,7 @@ def test_copies_round_as_pytorch_does(copy_dtype):
     values = torch.cat([bits, ties, half.view(torch.int32), between]).view(torch.float32)
     copy = torch.empty(len(values), dtype=copy_dtype)
     target = values.clone()
-    _native_ema.ema_update_cpu([target], [torch.zeros_like(values)], 1.0, [copy])
+    update_on_cpu([target], [torch.zeros_like(values)], 1.0, [copy])
     expected = target.to(copy_dtype)
     number = ~expected.isnan()
     assert torch.equal(copy.isnan(), ~number)
@@ -215,7 +227,7 @@ def test_copies_round_as_pytorch_does(copy_dtype):
 def test_every_finite_float16_is_read_exactly_and_no_other_passes_for_finite():
     source = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     target = torch.zeros(2**16)
-    _native_ema.ema_update_cpu([target], [source], 0.0)
+    update_on_cpu([target], [source], 0.0)
     finite = source.isfinite()
     assert torch.equal(target.isfinite(), finite)
     assert torch.equal(target[finite], source[finite].float())
@@ -225,7 +237,7 @@ def test_every_finite_float16_is_read_exactly_and_no_other_passes_for_finite():
 def test_ends_of_the_momentum(momentum):
     targets, sources, _ = tensors((1009,), torch.float32, None)
     expected = targets[0].clone() if momentum else sources[0].clone()
-    _native_ema.ema_update_cpu(targets, sources, momentum)
+    update_on_cpu(targets, sources, momentum)
     assert torch.equal(targets[0], expected)
 
 
@@ -234,7 +246,7 @@ def test_a_target_equal_to_its_source_does_not_drift(momentum):
     targets, _, _ = tensors((1009,), torch.float32, None)
     before = targets[0].clone()
     for _ in range(100):
-        _native_ema.ema_update_cpu(targets, [before], momentum)
+        update_on_cpu(targets, [before], momentum)
     assert torch.equal(targets[0], before)
 
 
@@ -242,30 +254,49 @@ def test_a_target_equal_to_its_source_does_not_drift(momentum):
 def test_both_ends_of_the_step_keep_the_formula(momentum):
     targets, sources, copies = tensors((1009,), torch.float32, torch.float16)
     before = [t.clone() for t in targets]
-    _native_ema.ema_update_cpu(targets, sources, momentum, copies)
+    update_on_cpu(targets, sources, momentum, copies)
     assert_formula(before, sources, targets, copies, momentum)
 
 
 def test_chunks_cover_every_element_once():
-    targets, sources, _ = tensors((0, 1, 64, 65, 1009), torch.float32, None)
-    chunks = cuda_code_on_host(targets, sources, 0.5, chunk_elements=64)
-    covered = {k: [] for k in range(len(targets))}
-    for chunk in chunks:
-        assert 0 < chunk.end - chunk.begin <= 64
-        covered[chunk.tensor] += range(chunk.begin, chunk.end)
-    assert covered == {k: list(range(target.numel())) for k, target in enumerate(targets)}
+    """Of tensors of all sorts, also empty ones at the ends: an element done twice would go further than once."""
+    for sizes in ((0, 1, 64, 65, 1009), (0, 0, 63, 0, 128, 0), (1,) * 100, (640,)):
+        targets, sources = [torch.zeros(size) for size in sizes], [torch.ones(size) for size in sizes]
+        cuda_code_on_host(targets, sources, 0.75, elements=64)
+        assert all(torch.equal(target, torch.full_like(target, 0.25)) for target in targets)
 
 
-def test_misaligned_tensors_are_not_packed():
-    targets, sources, copies = tensors((64, 64), torch.bfloat16, torch.bfloat16)
-    storage = torch.zeros(65, dtype=torch.bfloat16)
-    chunks = cuda_code_on_host(targets, [sources[0], storage[1:]], 0.5, copies)
-    assert [chunk.packed for chunk in chunks] == [1, 0]
+@pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1003])
+def test_words_are_written_in_pieces(count):
+    words = torch.arange(1, count + 1)
+    written = torch.zeros(count + 2, dtype=torch.int64)
+    _native.check(_native.library().vjepa_write_cuda_on_host(written.data_ptr(), words.data_ptr(), count))
+    assert torch.equal(written[:count], words)
+    assert not written[count:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"elements": 6}, "not a multiple"),
+        ({"elements": 0}, "a size is negative"),
+        ({"count": -1}, "a size is negative"),
+        ({"num_chunks": 2**31}, "too large"),
+        ({"first_chunks": None}, "a pointer to at least one element is null"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(change, sentence):
+    words, chunks = _native_ema.words([torch.zeros(8)], [torch.ones(8)], ()), _native_launch.first_chunks([8], 4)
+    grid = grid_of(chunks, 4)
+    for name, value in change.items():
+        setattr(grid, name, value)
+    with pytest.raises(_native.NativeError, match=sentence):
+        _native.check(_native.library().vjepa_ema_cuda_on_host(words.buffer_info()[0], grid, 0.5, None))
 
 
 def test_nothing_to_do():
-    _native_ema.ema_update_cpu([], [], 0.5)
-    assert len(cuda_code_on_host([], [], 0.5)) == 0
+    update_on_cpu([], [], 0.5)
+    cuda_code_on_host([], [], 0.5)
 
 
 @pytest.mark.parametrize(
@@ -274,29 +305,13 @@ def test_nothing_to_do():
         ({"momentum": 1.5}, _native.NativeError, "momentum is not between 0 and 1"),
         ({"momentum": float("nan")}, _native.NativeError, "momentum is not between 0 and 1"),
         ({"threads": 0}, _native.NativeError, "number of threads is less than 1"),
-        ({"sources": []}, ValueError, "sources: expected 1 tensors, one for each of targets, got 0"),
-        ({"copies": []}, ValueError, "copies: expected 1 tensors, one for each of targets, got 0"),
-        ({"sources": [torch.zeros(3)]}, ValueError, r"sources\[0\]: expected shape \(4,\), got \(3,\)"),
-        (
-            {"sources": [torch.zeros(4, dtype=torch.int32)]},
-            TypeError,
-            r"sources\[0\]: expected dtype .* got torch.int32",
-        ),
-        ({"targets": [torch.zeros(4, dtype=torch.bfloat16)]}, TypeError, r"targets\[0\]: expected dtype torch.float32"),
-        ({"copies": [torch.zeros(4)]}, TypeError, r"copies\[0\]: expected dtype .* got torch.float32"),
-        (
-            {"sources": [torch.zeros(8)[::2]]},
-            ValueError,
-            r"sources\[0\]: expected a contiguous tensor, got strides \(2,\)",
-        ),
-        ({"sources": [torch.zeros(4, device="meta")]}, ValueError, r"sources\[0\]: expected device cpu, got meta"),
     ],
 )
 def test_refusals_are_sentences(change, error, sentence):
-    arguments = {"targets": [torch.zeros(4)], "sources": [torch.ones(4)], "momentum": 0.5, **change}
+    target = torch.zeros(4)
     with pytest.raises(error, match=sentence):
-        _native_ema.ema_update_cpu(**arguments)
-    assert not any(target.float().any() for target in arguments["targets"])
+        update_on_cpu(**{"targets": [target], "sources": [torch.ones(4)], "momentum": 0.5, **change})
+    assert not target.any()
 
 
 def test_memory_that_is_written_belongs_to_one_tensor():
@@ -307,10 +322,10 @@ def test_memory_that_is_written_belongs_to_one_tensor():
         "twice the same": ([storage, storage], [other, other]),
     }
     for name, (targets, sources) in pairs.items():
-        with pytest.raises(_native.NativeError, match="a tensor that is written shares memory with another one"):
-            _native_ema.ema_update_cpu(targets, [source + 0 if "two" in name else source for source in sources], 0.5)
+        with pytest.raises(ValueError, match=r"\] must have memory of its own, got a tensor that shares it with"):
+            update_on_cpu(targets, [source + 0 if "two" in name else source for source in sources], 0.5)
         assert not storage.any()
-    _native_ema.ema_update_cpu([storage[:32], storage[32:]], [other[:32] + 1] * 2, 0.5)  # neighbours, one source
+    update_on_cpu([storage[:32], storage[32:]], [other[:32] + 1] * 2, 0.5)  # neighbours, one source
     assert torch.equal(storage, torch.full((64,), 0.5))
 
 
@@ -328,7 +343,7 @@ def test_memory_that_is_written_belongs_to_one_tensor():
 )
 def test_the_library_checks_the_table_itself(change, sentence):
     target, source = torch.zeros(4), torch.ones(4)
-    table = _native_ema.entries([target], [source], None, "cpu")
+    table = _native.table_of(_native.EMAEntry, _native_ema.words([target], [source], ()))
     for name, value in change.items():
         setattr(table[0], name, value)
     with pytest.raises(_native.NativeError, match=sentence):
@@ -336,18 +351,10 @@ def test_the_library_checks_the_table_itself(change, sentence):
     assert not target.any()
 
 
-def test_a_short_chunk_table_is_refused():
-    table = _native_ema.entries([torch.zeros(100)], [torch.zeros(100)], None, "cpu")
-    chunks, count = (_native.Chunk * 1)(), ctypes.c_int64()
-    status = _native.library().vjepa_ema_plan(table, 1, 64, chunks, 1, ctypes.byref(count))
-    with pytest.raises(_native.NativeError, match="the chunk table is too small"):
-        _native.check(status)
-
-
 def test_every_status_has_its_own_sentence():
     library = _native.library()
-    sentences = {library.vjepa_status_string(status) for status in range(11)}
-    assert len(sentences) == 11
+    sentences = {library.vjepa_status_string(status) for status in range(12)}
+    assert len(sentences) == 12
     assert b"unknown status" not in sentences
 
 
@@ -356,7 +363,9 @@ def test_cuda_without_a_gpu_or_without_the_part_is_refused():
         pytest.skip("there is a GPU")
     assert _native.cuda_available()[1]
     with pytest.raises(_native.NativeError):
-        _native.check(_native.library().vjepa_ema_cuda(ctypes.c_void_p(16), ctypes.c_void_p(16), 1, 0.5, None, 0, None))
+        _native.check(_native.library().vjepa_ema_cuda(16, _native.Grid(16, 1, 1, 4), 0.5, None, 0, None))
+    with pytest.raises(_native.NativeError):
+        _native.check(_native.library().vjepa_write_cuda(16, (ctypes.c_int64 * 1)(), 1, 0, None))
 
 
 def test_build_info_says_what_was_built_and_no_date():
@@ -375,8 +384,8 @@ def test_gpu_gives_the_bits_of_the_cpu(source_dtype, copy_dtype):
     for shift in (0, 1):
         targets, sources, copies = tensors(SIZES, source_dtype, copy_dtype, shift)
         on_gpu = [None if part is None else [t.cuda()[:] for t in part] for part in (targets, sources, copies)]
-        _native_ema.ema_update_cpu(targets, sources, MOMENTUM, copies)
-        _native_ema.ema_update_cuda(on_gpu[0], on_gpu[1], MOMENTUM, on_gpu[2])
+        update_on_cpu(targets, sources, MOMENTUM, copies)
+        _native_ema.prepare_cuda(on_gpu[0], on_gpu[1], on_gpu[2] or ())(MOMENTUM)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(targets, on_gpu[0], strict=True))
         if copies is not None:
             assert all(torch.equal(a, b.cpu()) for a, b in zip(copies, on_gpu[2], strict=True))
@@ -388,10 +397,33 @@ def test_a_cuda_graph_reads_the_momentum_anew():
     targets, sources, _ = tensors((1009, 3), torch.float32, None)
     targets, sources = [t.cuda() for t in targets], [s.cuda() for s in sources]
     momentum = torch.ones((), dtype=torch.float64, device="cuda")
-    _native_ema.ema_update_cuda(targets, sources, momentum)  # the table goes to the device
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _native_ema.ema_update_cuda(targets, sources, momentum)
-    momentum.fill_(0)
-    graph.replay()
-    assert all(torch.equal(t, s) for t, s in zip(targets, sources, strict=True))
+    update = _native_ema.prepare_cuda(targets, sources)
+    for warm in (False, True):  # whether the table is on the device already
+        if warm:
+            update(momentum)
+        momentum.fill_(1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            update(momentum)
+        for value in (1.0, 0.0):
+            momentum.fill_(value)
+            expected = [value * t + (1 - value) * s for t, s in zip(targets, sources, strict=True)]
+            graph.replay()
+            assert all(torch.equal(t, e) for t, e in zip(targets, expected, strict=True))
+        for target in targets:
+            target.zero_()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _native.cuda_available()[0], reason=_native.cuda_available()[1] or "CUDA is there")
+def test_a_table_is_written_again_on_another_stream():
+    targets, sources, _ = tensors((1009, 3), torch.float32, None)
+    on_gpu, sources_there = [t.cuda() for t in targets], [s.cuda() for s in sources]
+    update = _native_ema.prepare_cuda(on_gpu, sources_there)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            update(MOMENTUM)
+        torch.cuda.current_stream().wait_stream(stream)
+        update_on_cpu(targets, sources, MOMENTUM)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(targets, on_gpu, strict=True))

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from vjepa.kernels import _native, _native_adamw
+from vjepa.kernels import _native, _native_adamw, _native_launch
+from vjepa.kernels._adamw import Lists, Numbers
 
 AVAILABLE, REASON = _native.available()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -38,33 +39,41 @@ def make_lists(sizes, grad_dtype=torch.float32, copy_dtype=None, shadows=True, s
     return lists
 
 
-def table_of(lists):
-    params, grads, exp_avgs, exp_avg_sqs, steps, *rest = lists
-    groups, rows = _native_adamw.groups_of(steps, NUMBERS[:5])
-    zeros = [0] * len(params)
-    return _native_adamw.entries(params, grads, exp_avgs, exp_avg_sqs, *rest, zeros, groups, "cpu"), rows
+def words_of(lists):
+    """The table, in one group, and that group."""
+    step = _native_adamw.CPUStep(Lists(*lists))
+    step.load(lists[1])
+    return step.words, (_native.AdamWGroup * 1)(_native.AdamWGroup(*NUMBERS[:5], 0, None, None))
 
 
-def cuda_code_on_host(lists, scalars=None, momentum=NUMBERS[-1], chunk_elements=_native_adamw.CHUNK_ELEMENTS):
+def grid_of(lists, elements=_native_adamw.CHUNK_ELEMENTS):
+    """And what must stay in memory for it."""
+    chunks = _native_launch.first_chunks(map(torch.Tensor.numel, lists[0]), elements)
+    return _native.Grid(chunks.buffer_info()[0], len(chunks) - 1, chunks[-1], elements), chunks
+
+
+def cuda_code_on_host(lists, factor=None, scalars=None, momentum=NUMBERS[-1]):
     """What the CUDA kernel does with these tensors: the same tables, the same blocks and threads, on the host."""
-    table, rows = table_of(lists)
-    chunks = _native_adamw.chunks_of(table, chunk_elements)
+    words, rows = words_of(lists)
+    rows[0].grad_factor = factor
+    grid, _chunks = grid_of(lists)
     function = _native.library().vjepa_adamw_cuda_on_host
-    _native.check(function(table, chunks, len(chunks), rows, len(rows), scalars, momentum))
+    _native.check(function(words.buffer_info()[0], grid, rows, len(rows), scalars, momentum))
     for step in lists[4]:
-        step += 1
+        step += 1  # the kernel does not count
 
 
-def on_cpu(lists, scalars=None, momentum=NUMBERS[-1], threads=2):
-    table, rows = table_of(lists)
-    function = _native.library().vjepa_adamw_cpu
-    _native.check(function(table, len(table), rows, len(rows), scalars, momentum, threads))
-    for step in lists[4]:
-        step += 1
+def on_cpu(lists, factor=None, scalars=None, momentum=NUMBERS[-1], threads=2):
+    words, rows = words_of(lists)
+    rows[0].grad_factor = factor
+    table = _native.table_of(_native.AdamWEntry, words)
+    _native.check(_native.library().vjepa_adamw_cpu(table, len(table), rows, len(rows), scalars, momentum, threads))
 
 
-def public(lists):
-    _native_adamw.adamw_ema_cpu(*lists, *NUMBERS)
+def public(lists, numbers=NUMBERS):
+    step = _native_adamw.CPUStep(Lists(*lists))
+    step.load(lists[1])
+    step.run(Numbers([len(lists[0])], list(numbers[:5]), numbers[5], [], [], None))
 
 
 def clone(lists):
@@ -156,7 +165,7 @@ def test_gradients_are_multiplied_by_a_factor_read_late(step):
     factor = ctypes.c_float(0.125)
     before = make_lists(SIZES, torch.bfloat16)
     after = clone(before)
-    step(after, _native.AdamWScalars(ctypes.addressof(factor), None, None))
+    step(after, ctypes.addressof(factor))
     assert_equations(before, after, 0.125)
 
 
@@ -165,7 +174,7 @@ def test_an_infinite_gradient_leaves_all_but_the_averages(step):
     found, none = ctypes.c_float(1), ctypes.c_float(0)
     before = make_lists(SIZES, copy_dtype=torch.bfloat16)
     after, plain, not_found = clone(before), clone(before), clone(before)
-    step(after, _native.AdamWScalars(None, ctypes.addressof(found), None))
+    step(after, None, _native.AdamWScalars(ctypes.addressof(found), None))
     for kept in (0, 2, 3, 6):
         assert same(before[kept : kept + 1], after[kept : kept + 1])
     for k, shadow in enumerate(before[5]):
@@ -173,7 +182,7 @@ def test_an_infinite_gradient_leaves_all_but_the_averages(step):
         torch.testing.assert_close(after[5][k].double(), expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(after[7][k], after[5][k].bfloat16())
     step(plain)
-    step(not_found, _native.AdamWScalars(None, ctypes.addressof(none), None))
+    step(not_found, None, _native.AdamWScalars(ctypes.addressof(none), None))
     assert same(plain, not_found)
 
 
@@ -183,14 +192,15 @@ def test_lr_step_and_momentum_may_be_read_late():
     plain = clone(before)
     on_cpu(plain)
     lr, number, momentum = ctypes.c_float(NUMBERS[0]), ctypes.c_float(DONE), ctypes.c_double(NUMBERS[-1])
-    table, rows = table_of(before)
+    words, rows = words_of(before)
+    table = _native.table_of(_native.AdamWEntry, words)
     for row in table:
         row.step = ctypes.addressof(number)
     rows[0].step, rows[0].lr, rows[0].lr_address = 0, 5.0, ctypes.addressof(lr)
-    scalars = _native.AdamWScalars(None, None, ctypes.addressof(momentum))
-    chunks = _native_adamw.chunks_of(table)
+    scalars = _native.AdamWScalars(None, ctypes.addressof(momentum))
+    grid, _chunks = grid_of(before)
     function = _native.library().vjepa_adamw_cuda_on_host
-    _native.check(function(table, chunks, len(chunks), rows, len(rows), scalars, math.nan))
+    _native.check(function(table, grid, rows, len(rows), scalars, math.nan))
     for ours, others in zip(before[:4], plain[:4], strict=True):
         for one, other in zip(ours, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)  # lr is float32 there
@@ -203,39 +213,32 @@ def test_beyond_two_to_the_31_elements():
     tails = make_lists((4096 + 3,))
     for whole, tail in zip(lists, tails[:4], strict=True):
         whole[0][2**31 :] = tail[0]
-    table, rows = table_of([*lists, tails[4], [], [], []])
-    chunks = (_native.Chunk * 1)(_native.Chunk(0, 2**31, numel, 1))
+    words, rows = words_of([*lists, tails[4], [], [], []])
+    chunks = _native_launch.first_chunks([numel], 2**31)
+    assert list(chunks) == [0, 2]
+    chunks[0] = -1  # so that the only block does the second chunk
+    grid = _native.Grid(chunks.buffer_info()[0], 1, 1, 2**31)
     function = _native.library().vjepa_adamw_cuda_on_host
-    _native.check(function(table, chunks, 1, rows, len(rows), None, 0.5))
+    _native.check(function(words.buffer_info()[0], grid, rows, len(rows), None, 0.5))
     on_cpu(tails)
     for whole, tail in zip(lists, tails[:4], strict=True):
         assert torch.equal(whole[0][2**31 :], tail[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "sentence"),
-    [
-        ({0: [torch.zeros(4, dtype=torch.float64)]}, TypeError, r"params\[0\]: expected dtype torch.float32"),
-        ({1: [torch.zeros(3)]}, ValueError, r"grads\[0\]: expected shape \(4,\), got \(3,\)"),
-        ({2: []}, ValueError, "exp_avgs: expected 1 tensors, one for each of params, got 0"),
-        ({3: [torch.zeros(8)[::2]]}, ValueError, r"exp_avg_sqs\[0\]: expected a contiguous tensor"),
-        ({4: []}, ValueError, "steps: expected 1 tensors"),
-        ({4: [torch.zeros(1)]}, ValueError, r"steps\[0\]: expected a float32 scalar on cpu"),
-        ({4: [torch.tensor(-1.0)]}, _native.NativeError, "step of a group is out of range"),
-        ({5: [torch.zeros(4).bfloat16()]}, TypeError, r"shadows\[0\]: expected dtype torch.float32"),
-        ({6: [torch.zeros(4)]}, TypeError, r"param_copies\[0\]: expected dtype"),
-        ({7: []}, ValueError, "shadow_copies: expected them with shadows and param_copies, and only then"),
-        ({7: [torch.zeros(4).half()]}, TypeError, "shadow_copies: expected the dtypes of param_copies"),
-    ],
-)
-def test_refuses_tensors_and_changes_nothing(change, error, sentence):
-    lists = make_lists((4,), copy_dtype=torch.bfloat16)
-    for place, tensors in change.items():
-        lists[place] = tensors
-    before = clone(lists)
-    with pytest.raises(error, match=sentence):
-        public(lists)
-    assert same(before, lists)
+def test_parameters_without_gradient_stay_and_their_shadows_follow():
+    before = make_lists((65, 4096, 3), copy_dtype=torch.bfloat16)
+    for tensors in before[1:5]:
+        tensors[1] = torch.empty(0)
+    after, of_cuda = clone(before), clone(before)
+    public(after)
+    cuda_code_on_host(of_cuda)
+    assert same(after, of_cuda)
+    assert torch.equal(after[0][1], before[0][1])
+    mean = NUMBERS[-1] * before[5][1].double() + (1 - NUMBERS[-1]) * before[0][1].double()
+    torch.testing.assert_close(after[5][1].double(), mean, rtol=1e-6, atol=1e-6)
+    assert torch.equal(after[7][1], after[5][1].bfloat16())
+    rest = [[tensors[k] for k in (0, 2)] for tensors in before]
+    assert_equations(rest, [[tensors[k] for k in (0, 2)] for tensors in after])
 
 
 @pytest.mark.parametrize(
@@ -246,8 +249,17 @@ def test_refuses_numbers_and_changes_nothing(place, value):
     before, numbers = clone(lists), list(NUMBERS)
     numbers[place] = value
     with pytest.raises(_native.NativeError, match=r"out of range|momentum is not between 0 and 1"):
-        _native_adamw.adamw_ema_cpu(*lists, *numbers)
+        public(lists, numbers)
     assert same(before, lists)
+
+
+@pytest.mark.parametrize("done", [-1.0, math.nan, math.inf])
+def test_refuses_a_count_of_steps_and_changes_nothing(done):
+    lists = make_lists((4,), done=done)
+    before = clone(lists)
+    with pytest.raises(_native.NativeError, match="step of a group is out of range"):
+        public(lists)
+    assert same(before[:4], lists[:4])
 
 
 def test_refuses_tensors_that_share_memory():
@@ -256,13 +268,15 @@ def test_refuses_tensors_that_share_memory():
     for place in (1, 2, 5):
         shared = [*lists]
         shared[place] = lists[0]
-        with pytest.raises(_native.NativeError, match="a tensor that is written shares memory with another one"):
+        with pytest.raises(ValueError, match=r"\[0\] must have memory of its own, got a tensor that shares it with"):
             public(shared)
     assert same(before, lists)
 
 
 def test_refuses_a_group_that_is_not_there():
-    table, rows = table_of(make_lists((4,)))
+    lists = make_lists((4,))
+    words, rows = words_of(lists)
+    table = _native.table_of(_native.AdamWEntry, words)
     table[0].group = 1
     with pytest.raises(_native.NativeError, match="a tensor names no group that is there"):
         _native.check(_native.library().vjepa_adamw_cpu(table, 1, rows, 1, None, 0.5, 1))
@@ -276,8 +290,10 @@ def test_gpu_gives_the_bits_of_the_cpu(grad_dtype, copy_dtype):
     for shift in (0, 1):
         lists = make_lists(SIZES, grad_dtype, copy_dtype, shift=shift)
         on_gpu = [[t.cuda()[:] if place != 4 else t.clone() for t in tensors] for place, tensors in enumerate(lists)]
-        factor = torch.tensor(0.5)
+        numbers = [[len(lists[0])], list(NUMBERS[:5]), NUMBERS[5], []]
+        steps = _native_adamw.CPUStep(Lists(*lists)), _native_adamw.CUDAStep(Lists(*on_gpu))
         for _ in range(3):
-            _native_adamw.adamw_ema_cpu(*lists, *NUMBERS, factor)
-            _native_adamw.adamw_ema_cuda(*on_gpu, *NUMBERS, factor.cuda())
+            for step, its, device in zip(steps, (lists, on_gpu), ("cpu", "cuda"), strict=True):
+                step.load(its[1])
+                step.run(Numbers(*numbers, [torch.tensor(0.5, device=device)], None))
         assert same(lists, [[t.cpu() for t in tensors] for tensors in on_gpu])

@@ -14,12 +14,11 @@
 #include "../../capi.h"
 #include "ema.h"
 #include "exact.h"
+#include "grid.h"
 #include "macros.h"
 #include "pack.h"
 
 namespace vjepa {
-
-constexpr int64_t kMaximumGroups = 32;  // 2 KiB of the 4 KiB of a kernel's arguments
 
 // The numbers of a group at a step, computed in float64 and rounded once.
 struct AdamwStep {
@@ -32,15 +31,19 @@ struct AdamwStep {
   float eps;
   float minus_step_size;  // -lr / (1 - beta1^k)
   EmaStep average;        // of the shadow
-  bool skip;              // an infinite gradient was found: the parameter stays, its shadow still follows
+  bool skip;              // no gradient, or an infinite one was found: the parameter stays, its shadow follows
 };
+
+VJEPA_HOST_DEVICE bool found_inf(const vjepa_adamw_scalars &scalars) {
+  return scalars.found_inf && *scalars.found_inf != 0.0f;
+}
 
 VJEPA_HOST_DEVICE AdamwStep adamw_step(const vjepa_adamw_tensor &tensor, const vjepa_adamw_group &group,
                                        const vjepa_adamw_scalars &scalars, double momentum) {
   const double lr = group.lr_address ? static_cast<double>(*group.lr_address) : group.lr;
   const int64_t step = 1 + (tensor.step ? static_cast<int64_t>(*tensor.step) : group.step);
   AdamwStep numbers;
-  numbers.grad_factor = scalars.grad_factor ? *scalars.grad_factor : 1.0f;
+  numbers.grad_factor = group.grad_factor ? *group.grad_factor : 1.0f;
   numbers.decay = static_cast<float>(subtract(1.0, multiply(lr, group.weight_decay)));
   numbers.first = ema_step(group.beta1);
   numbers.beta2 = static_cast<float>(group.beta2);
@@ -49,7 +52,7 @@ VJEPA_HOST_DEVICE AdamwStep adamw_step(const vjepa_adamw_tensor &tensor, const v
   numbers.eps = static_cast<float>(group.eps);
   numbers.minus_step_size = static_cast<float>(-divide(lr, subtract(1.0, power(group.beta1, step))));
   numbers.average = ema_step(scalars.momentum ? *scalars.momentum : momentum);
-  numbers.skip = scalars.found_inf && *scalars.found_inf != 0.0f;
+  numbers.skip = !tensor.grad || found_inf(scalars);
   return numbers;
 }
 
@@ -108,16 +111,23 @@ VJEPA_HOST_DEVICE void adamw_some(const vjepa_adamw_tensor &tensor, int64_t i, c
   }
 }
 
+VJEPA_HOST_DEVICE bool adamw_packable(const vjepa_adamw_tensor &tensor) {
+  return packable(tensor.param, VJEPA_FLOAT32) && packable(tensor.grad, tensor.grad_dtype) &&
+         packable(tensor.exp_avg, VJEPA_FLOAT32) && packable(tensor.exp_avg_sq, VJEPA_FLOAT32) &&
+         packable(tensor.shadow, VJEPA_FLOAT32) && packable(tensor.param_copy, tensor.copy_dtype) &&
+         packable(tensor.shadow_copy, tensor.copy_dtype);
+}
+
 // The part of a chunk that thread `lane` of a block of `lanes` threads does: packs while all pointers allow it, single
 // elements for the tail and for misaligned tensors.
-VJEPA_HOST_DEVICE void adamw_chunk(const vjepa_adamw_tensor &tensor, const vjepa_chunk &chunk, const AdamwStep &step,
+VJEPA_HOST_DEVICE void adamw_chunk(const vjepa_adamw_tensor &tensor, const Chunk &chunk, const AdamwStep &step,
                                    int64_t lane, int64_t lanes) {
   if (step.skip) {
     if (tensor.shadow) ema_chunk(adamw_average(tensor), chunk, step.average, lane, lanes);
     return;
   }
   int64_t tail = chunk.begin;
-  if (chunk.packed) {
+  if (adamw_packable(tensor)) {
     tail = chunk.end - (chunk.end - chunk.begin) % kPack;
     for (int64_t i = chunk.begin + lane * kPack; i < tail; i += lanes * kPack) adamw_some<kPack>(tensor, i, step);
   }

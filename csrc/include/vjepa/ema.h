@@ -9,6 +9,7 @@
 #include "../../capi.h"
 #include "dtype.h"
 #include "exact.h"
+#include "grid.h"
 #include "macros.h"
 #include "pack.h"
 
@@ -49,12 +50,17 @@ VJEPA_HOST_DEVICE void ema_some(const vjepa_ema_tensor &tensor, int64_t i, EmaSt
   store(tensor.copy, tensor.copy_dtype, i, t);
 }
 
+VJEPA_HOST_DEVICE bool ema_packable(const vjepa_ema_tensor &tensor) {
+  return packable(tensor.target, VJEPA_FLOAT32) && packable(tensor.source, tensor.source_dtype) &&
+         packable(tensor.copy, tensor.copy_dtype);
+}
+
 // The part of a chunk that thread `lane` of a block of `lanes` threads does: packs while all pointers allow it, single
 // elements for the tail and for misaligned tensors.
-VJEPA_HOST_DEVICE void ema_chunk(const vjepa_ema_tensor &tensor, const vjepa_chunk &chunk, EmaStep step, int64_t lane,
+VJEPA_HOST_DEVICE void ema_chunk(const vjepa_ema_tensor &tensor, const Chunk &chunk, EmaStep step, int64_t lane,
                                  int64_t lanes) {
   int64_t tail = chunk.begin;
-  if (chunk.packed) {
+  if (ema_packable(tensor)) {
     tail = chunk.end - (chunk.end - chunk.begin) % kPack;
     for (int64_t i = chunk.begin + lane * kPack; i < tail; i += lanes * kPack) ema_some<kPack>(tensor, i, step);
   }

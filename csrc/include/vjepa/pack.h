@@ -12,6 +12,13 @@ namespace vjepa {
 constexpr int64_t kPack = 4;        // elements a CUDA thread moves at a time: 16 bytes of float32
 constexpr int kBlockThreads = 256;  // threads of a CUDA block
 
+VJEPA_HOST_DEVICE int64_t dtype_bytes(int64_t dtype) { return dtype == VJEPA_FLOAT32 ? 4 : 2; }
+
+// Whether a pointer, which may be null, is aligned for a pack.
+VJEPA_HOST_DEVICE bool packable(const void *pointer, int64_t dtype) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(kPack * dtype_bytes(dtype)) == 0;
+}
+
 // kCount elements, moved in one access: the pointer must be aligned to them.
 template <int64_t kCount, class T = float>
 struct alignas(kCount * sizeof(T)) Some {

@@ -1,4 +1,4 @@
-// What a table of tensors must satisfy before any of it is touched, and its division into chunks. Host only.
+// What a table of tensors must satisfy before any of it is touched. Host only.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,6 @@ namespace vjepa {
 inline bool is_float_dtype(int64_t dtype) { return dtype >= VJEPA_FLOAT32 && dtype <= VJEPA_FLOAT16; }
 
 inline bool is_copy_dtype(int64_t dtype) { return dtype == VJEPA_BFLOAT16 || dtype == VJEPA_FLOAT16; }
-
-inline int64_t dtype_bytes(int64_t dtype) { return dtype == VJEPA_FLOAT32 ? 4 : 2; }
 
 inline int32_t check_momentum(double momentum) {
   return momentum >= 0.0 && momentum <= 1.0 ? VJEPA_OK : VJEPA_ERROR_MOMENTUM;
@@ -60,30 +58,5 @@ class Spans {
   std::vector<Span> spans_;
   int32_t status_ = VJEPA_OK;
 };
-
-inline bool packable(const void *pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(kPack * bytes) == 0;
-}
-
-// Divides `count` checked tensors into chunks; ema_plan and adamw_plan of capi.h. Chunks begin at multiples of a pack.
-template <class Tensor, class Packable>
-int32_t plan_chunks(const Tensor *tensors, int64_t count, int64_t chunk_elements, vjepa_chunk *chunks, int64_t capacity,
-                    int64_t *num_chunks, const Packable &all_packable) {
-  if (!num_chunks) return VJEPA_ERROR_NULL_POINTER;
-  if (chunk_elements <= 0 || chunk_elements % kPack) return VJEPA_ERROR_NEGATIVE_SIZE;
-  int64_t used = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t packed = all_packable(tensors[k]) ? 1 : 0;
-    for (int64_t begin = 0; begin < tensors[k].numel; begin += chunk_elements) {
-      if (chunks) {
-        if (used >= capacity) return VJEPA_ERROR_CAPACITY;
-        chunks[used] = vjepa_chunk{k, begin, std::min(begin + chunk_elements, tensors[k].numel), packed};
-      }
-      ++used;
-    }
-  }
-  *num_chunks = used;
-  return VJEPA_OK;
-}
 
 }  // namespace vjepa

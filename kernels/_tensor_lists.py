@@ -1,0 +1,141 @@
+"""Lists of hundreds of tensors, which operators update in place: by device, by shard, in pairs, apart, as they were.
+
+Whole lists are compared where that is enough: a loop in Python over all tensors takes longer than to update some models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ._checks import describe
+from ._dispatch import requested
+from ._native import device_of, dtype_of, one_run
+
+PLAIN = {Tensor, nn.Parameter}  # types that are what they seem
+WIDE = (torch.float32, torch.float64)  # a step of an average or an optimizer vanishes in less
+
+
+def by_device(*lists: list[Tensor]) -> Iterator[tuple[torch.device, tuple[list[Tensor], ...]]]:
+    """Each device of the first list's tensors, and of each list (or empty list) those at their places."""
+    devices = list(map(device_of, lists[0]))
+    for device in dict.fromkeys(devices):
+        if devices.count(device) == len(devices):
+            yield device, lists
+        else:
+            places = [place for place, its in enumerate(devices) if its == device]
+            yield device, tuple([tensors[place] for place in places] if tensors else [] for tensors in lists)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor (sharing its memory), any other tensor itself; no communication."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor is of a subclass such as DTensor."""
+    return set(map(type, tensors)) <= PLAIN
+
+
+def local_list(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    whole = list(tensors)
+    if not torch.compiler.is_compiling() and plain(whole):
+        return whole
+    return [local(tensor) for tensor in whole]
+
+
+def traced() -> bool:
+    """Whether somebody records or replaces what operators do now, so that only operators may be called."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def alike(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> bool:
+    """Whether pairs have one shape and one device; both are plain tensors, as many."""
+    return all(map(Tensor.is_same_size, firsts, seconds)) and (
+        len(set(map(device_of, firsts)) | set(map(device_of, seconds))) < 2
+        or list(map(device_of, firsts)) == list(map(device_of, seconds))
+    )
+
+
+def check_pairs(
+    names: tuple[str, str], firsts: Sequence[Tensor], seconds: Sequence[Tensor], first_dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raise unless both lists pair up in number, shape and device, and the first have one of the dtypes."""
+    if len(firsts) != len(seconds):
+        raise ValueError(f"{names[1]} must have {len(firsts)} tensors like {names[0]}, got {len(seconds)}")
+    if (  # of lists as they should be, and not in a trace: it knows little of map
+        not torch.compiler.is_compiling()
+        and plain(firsts)
+        and plain(seconds)
+        and set(map(dtype_of, firsts)) <= set(first_dtypes)
+        and all(dtype.is_floating_point for dtype in set(map(dtype_of, seconds)))
+        and alike(firsts, seconds)
+    ):
+        return
+    for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        for name, tensor in zip(names, (first, second), strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{number}] must be a tensor, got {describe(tensor)}")
+        if first.dtype not in first_dtypes:
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in first_dtypes)
+            raise TypeError(f"{names[0]}[{number}] must be {expected}, got {describe(first)}")
+        if not second.is_floating_point():
+            raise TypeError(f"{names[1]}[{number}] must be a floating tensor, got {describe(second)}")
+        if second.shape != first.shape or second.device != first.device:
+            raise ValueError(f"{names[1]}[{number}] must be {describe(first)} like {names[0]}, got {describe(second)}")
+
+
+def check_apart(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise if a tensor that is written shares memory with another one, or its elements with each other.
+
+    Views with gaps are taken to lie in those of others.
+    """
+    spans: list[tuple[str, int, int, bool, str]] = []
+    for lists, is_written in ((written, True), (read, False)):
+        for name, tensors in lists.items():
+            for number, tensor in enumerate(tensors):
+                if tensor.is_contiguous() or one_run(tensor):
+                    begin = tensor.data_ptr()
+                    end = begin + tensor.numel() * tensor.element_size()
+                    spans.append((str(tensor.device), begin, end, is_written, f"{name}[{number}]"))
+                elif is_written and any(
+                    size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+                ):
+                    raise ValueError(
+                        f"{name}[{number}] must have memory for each of its elements, got strides {tensor.stride()}"
+                    )
+    last: dict[tuple[str, bool], tuple[int, str]] = {}  # of each device, of what is written and of what is only read
+    for device, begin, end, is_written, name in sorted(spans):
+        for against in (True, False) if is_written else (True,):
+            until, other = last.get((device, against), (0, ""))
+            if begin < until and begin < end:
+                raise ValueError(f"{name} must have memory of its own, got a tensor that shares it with {other}")
+        last[device, is_written] = max(last.get((device, is_written), (0, "")), (end, name))
+
+
+class Kept:
+    """An update that was prepared for tensors, and what they were then.
+
+    whole: tensors that others may give other memory, shapes or dtypes. places: those that nobody else changes but to
+    move them.
+    """
+
+    def __init__(self, run: Any, whole: Sequence[Tensor], places: Sequence[Tensor] = ()) -> None:
+        self.run = run
+        self._asked = requested()
+        self._whole, self._all = list(whole), [*whole, *places]
+        self._seen = self._look()
+
+    def _look(self) -> list[list[object]]:
+        properties = (type, dtype_of, Tensor.numel, Tensor.is_contiguous)
+        return [list(map(Tensor.data_ptr, self._all)), *(list(map(one, self._whole)) for one in properties)]
+
+    def holds(self) -> bool:
+        """Whether they are the same still, and the same backend is asked for."""
+        return self._asked == requested() and self._look() == self._seen

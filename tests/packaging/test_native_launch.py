@@ -1,0 +1,104 @@
+"""Launches of the optimizer step's CUDA kernel: groups, windows and counts, with its code executed on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vjepa.kernels import _native, _native_launch
+from vjepa.kernels._adamw import Lists, Numbers
+from vjepa.kernels._native_adamw import MAXIMUM_GROUPS, CPUStep, CUDAStep
+
+AVAILABLE, REASON = _native.available()
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Executes launches on the host, where the tensors are; collects how many tensors each was for."""
+    counts = []
+    library = _native.library()
+
+    def launch(self, words, function, *arguments):
+        counts.append(len(self._chunks) - 1)
+        chunks = self._chunks
+        grid = _native.Grid(chunks.buffer_info()[0], len(chunks) - 1, chunks[-1], self._elements)
+        assert function is library.vjepa_adamw_cuda
+        _native.check(library.vjepa_adamw_cuda_on_host(words.buffer_info()[0], grid, *arguments))
+
+    monkeypatch.setattr(_native_launch.DeviceTable, "launch", launch)
+    return counts
+
+
+def make_lists(sizes, counts, lacking=()):
+    """Parameters of these sizes that have done so many steps; those `lacking` have no gradient."""
+    generator = torch.Generator().manual_seed(len(sizes))
+    params, grads, exp_avgs, exp_avg_sqs, shadows = (
+        [torch.rand(size, generator=generator) for size in sizes] for _ in range(5)
+    )
+    steps = [torch.tensor(float(count)) for count in counts]
+    for tensors in (grads, exp_avgs, exp_avg_sqs, steps):
+        for place in lacking:
+            tensors[place] = torch.empty(0)
+    return Lists(params, grads, exp_avgs, exp_avg_sqs, steps, shadows, [], [])
+
+
+def make_numbers(sizes, factor=None, found_inf=None):
+    hyper = [number for group in range(len(sizes)) for number in (0.01 * (group + 1), 0.9, 0.95, 1e-8, 0.1)]
+    factors = [torch.tensor(factor * (group + 1)) for group in range(len(sizes))] if factor else []
+    return Numbers(list(sizes), hyper, 0.9, [], factors, found_inf)
+
+
+def both(lists, numbers, on_host, times=2):
+    """The same steps by the CPU's code and by the kernel's."""
+    twin = Lists(*([tensor.clone() for tensor in tensors] for tensors in lists))
+    cpu, cuda = CPUStep(lists), CUDAStep(twin)
+    assert not cuda.on_host  # the counts lie with the parameters
+    cuda.on_host = on_host
+    if on_host:
+        cuda.set_column("step", [0] * len(lists.params))
+    for _ in range(times):
+        for step, its in ((cpu, lists), (cuda, twin)):
+            step.load(its.grads)
+            step.run(numbers)
+    for ours, others in zip(lists, twin, strict=True):
+        assert all(map(torch.equal, ours, others))
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["counts on the host", "counts on the device"])
+def test_one_launch_for_all_groups(launches, on_host):
+    lists = make_lists((5, 70_000, 0, 3, 64), (4, 4, 4, 4, 4), lacking=(3,))
+    both(lists, make_numbers((2, 0, 3), factor=0.5), on_host)
+    assert launches == [5, 5]
+    assert [step.item() for step in lists.steps if step.numel()] == [6.0] * 4
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["counts on the host", "counts on the device"])
+def test_unlike_counts_in_one_group(launches, on_host):
+    both(make_lists((5, 9, 3, 64), (4, 0, 1000, 4)), make_numbers((3, 1)), on_host)
+    assert launches == [4, 4]
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["counts on the host", "counts on the device"])
+def test_more_groups_than_a_launch_takes(launches, on_host):
+    sizes = [1 + place % 3 for place in range(2 * MAXIMUM_GROUPS + 7)]
+    total = sum(sizes)
+    both(make_lists([7] * total, [3] * total), make_numbers(sizes), on_host)
+    first, second = (sum(sizes[start : start + MAXIMUM_GROUPS]) for start in (0, MAXIMUM_GROUPS))
+    assert launches == [first, second, total - first - second] * 2
+
+
+def test_more_counts_in_a_group_than_a_launch_takes(launches):
+    counts = list(range(MAXIMUM_GROUPS + 3))
+    both(make_lists([7] * len(counts), counts), make_numbers((len(counts),)), on_host=True)
+    assert launches == [MAXIMUM_GROUPS, 3] * 2
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+def test_an_infinite_gradient_is_not_counted(launches, found):
+    lists = make_lists((5, 70), (4, 4))
+    params, shadows = ([tensor.clone() for tensor in tensors] for tensors in (lists.params, lists.shadows))
+    both(lists, make_numbers((1, 1), found_inf=torch.tensor(found)), on_host=False)
+    assert [step.item() for step in lists.steps] == [4.0 if found else 6.0] * 2
+    assert all(map(torch.equal, lists.params, params)) == bool(found)
+    assert not any(map(torch.equal, lists.shadows, shadows))
