@@ -30,9 +30,11 @@ demo: $(STAMP)-train
 test: $(STAMP)-test $(OLDER_TRITON)
 	$(BIN)/python -m pytest $(ARGS)
 
-# docs/ahead_of_time.md: what the Triton kernels become on every architecture; no GPU needed
+# docs/ahead_of_time.md and docs/cuda_kernels.md: what the Triton and the CUDA C++ kernels become on every architecture; no
+# GPU needed. Without nvcc the second stays as it is.
 aot: $(STAMP)-test $(OLDER_TRITON)
 	$(BIN)/python tests/kernels/ahead_of_time.py table
+	$(BIN)/python tests/packaging/cuda_code.py table
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .

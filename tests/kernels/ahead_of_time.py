@@ -310,7 +310,7 @@ full precision), and on a kernel that moves rows without 16-byte loads.
 Where versions of Triton differ, each is shown: {versions}. Registers are those of a thread, of at most 255; shared memory is
 that of a block, in bytes; the rest counts instructions of the code, which a loop runs more often. The last column counts
 those of the longest loop that has no other in it, and of these the ones of the exp unit and the additions and
-multiplications of float32.
+multiplications of float32. The kernels in CUDA C++ are in [cuda_kernels.md](cuda_kernels.md).
 
 """
 HEADER = ("kernel", "for", "registers", "shared memory", "spills", "matrix instructions", "16-byte loads", "loop")
