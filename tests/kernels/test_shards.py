@@ -17,9 +17,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from vjepa.kernels import _dispatch
+from vjepa.kernels import AdamWEMA, _dispatch, backend
 
 SCRIPT = Path(__file__).with_name("shards.py")
 CPU = torch.device("cpu")
@@ -169,3 +172,59 @@ def test_other_shards_are_refused(ranks):
     other = "source_module must be sharded like target_module, got another placement of weight"
     for rank in ranks:
         assert rank["refusals"] == {"AdamWEMA": [ours] * 3, "EMA": [other] * 3}
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of two processes of which only this one exists: whatever communicates goes nowhere."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("placement", "grad_placement", "rows", "grad_shape"),
+    [
+        (Shard(0), Replicate(), 2, (4, 4)),
+        (Shard(0), Shard(1), 2, (4, 2)),
+        (Replicate(), Partial(), 4, (4, 4)),
+    ],
+)
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_gradients_of_other_shards_are_refused(mesh, placement, grad_placement, rows, grad_shape, backend_name):
+    """Shards of other elements, even as many of them, and sums that are not added up yet."""
+    param, shadow = (DTensor.from_local(torch.ones(rows, 4), mesh, [placement]) for _ in range(2))
+    param = nn.Parameter(param)
+    param.grad = DTensor.from_local(torch.ones(grad_shape), mesh, [grad_placement])
+    optimizer = AdamWEMA([param], [shadow])
+    with (
+        backend(backend_name),
+        pytest.raises(ValueError, match=r"gradients must be sharded like their parameter .* got another placement"),
+    ):
+        optimizer.step()
+    assert torch.equal(param.to_local(), torch.ones(rows, 4))
+    assert not optimizer.state
+
+
+def test_a_factor_may_be_whole_on_every_process_but_no_part_of_a_sum(mesh):
+    """As torch.nn.utils.get_total_norm returns them for sharded gradients."""
+    param = nn.Parameter(DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)]))
+    plain = nn.Parameter(torch.ones(2, 4))
+    param.grad, plain.grad = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)]), torch.ones(2, 4)
+    optimizer = AdamWEMA([param], [None])
+    with pytest.raises(ValueError, match=r"grad_factor must be .*whole on every process"):
+        optimizer.step(grad_factor=DTensor.from_local(torch.tensor(0.5), mesh, [Partial()]))
+    assert not optimizer.state
+    optimizer.step(grad_factor=DTensor.from_local(torch.tensor(0.5), mesh, [Replicate()]))
+    AdamWEMA([plain], [None]).step(grad_factor=torch.tensor(0.5))
+    assert torch.equal(param.to_local(), plain)
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_setting_up_the_state_moves_no_average(shards, backend_name):
+    """torch.distributed.checkpoint does so by a step with lr 0, before it saves or loads the state of a new optimizer."""
+    model, target, before = shards.network(0), shards.network(1), shards.network(1)
+    with backend(backend_name):
+        get_optimizer_state_dict(model, shards.adamw_ema(model, target))
+    for shadow, expected in zip(target.parameters(), before.parameters(), strict=True):
+        assert torch.equal(shadow, expected)
