@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ._adamw import Lists, Numbers
+from ._native import one_run
 
 
 def ema_update_(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor) -> None:
@@ -28,6 +29,14 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], copies: list[Tenso
         torch._foreach_copy_(copies, targets)
 
 
+def _walked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, or copies of them, all in one order of elements: torch's fused kernel does not look at strides."""
+    first = tensors[0]
+    if all(tensor.stride() == first.stride() for tensor in tensors) and (first.is_contiguous() or one_run(first)):
+        return tensors
+    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
+
+
 def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
     """torch's AdamW on params, then the EMA of them in shadows, then both into their low-precision copies."""
     found_inf = None if numbers.found_inf is None else (numbers.found_inf != 0).to(torch.float32)
@@ -41,11 +50,10 @@ def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
             grads = list(torch._foreach_mul(grads, numbers.grad_factors[number]))
         # torch's fused kernel wants the step counts where the params are, its other one on the host
         fused = steps[0].device == params[0].device
+        given = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
+        walked = [_walked(*tensors) if fused else tensors for tensors in given]
         adamw(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
+            *map(list, zip(*walked, strict=True)),
             [],
             steps,
             foreach=not fused,
@@ -59,6 +67,9 @@ def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
             eps=eps,
             maximize=False,
         )
+        for own, (param, _, *moments) in zip(given, walked, strict=True):
+            if own[0] is not param:
+                torch._foreach_copy_([own[0], *own[2:]], [param, *moments])
     there = [shadow.numel() > 0 for shadow in lists.shadows]
     shadows, params, shadow_copies = (
         list(compress(tensors, there)) for tensors in (lists.shadows, lists.params, lists.shadow_copies)

@@ -91,6 +91,21 @@ def check_pairs(
             raise ValueError(f"{names[1]}[{number}] must be {describe(first)} like {names[0]}, got {describe(second)}")
 
 
+def shards_of(tensor: Tensor) -> object:
+    """How a DTensor is spread over which processes, None for any other tensor."""
+    return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+
+
+def check_shards(
+    names: tuple[str, str], firsts: Sequence[Tensor], seconds: Sequence[Tensor], entries: Sequence[str] = ()
+) -> None:
+    """Raise unless both tensors of each pair have the same shards on the same processes, or none has any."""
+    for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        if shards_of(first) != shards_of(second):
+            entry = f" of {entries[number]}" if entries else ""
+            raise ValueError(f"{names[1]} must be sharded like {names[0]}, got another placement{entry}")
+
+
 def check_apart(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
     """Raise if a tensor that is written shares memory with another one, or its elements with each other.
 

@@ -20,7 +20,18 @@ from . import _reference_optimizer as reference
 from ._checks import describe
 from ._dispatch import Row, choose, define, register, without_autocast
 from ._native import device_of, dtype_of
-from ._tensor_lists import WIDE, Kept, by_device, check_apart, check_pairs, local, local_list, plain, traced
+from ._tensor_lists import (
+    WIDE,
+    Kept,
+    by_device,
+    check_apart,
+    check_pairs,
+    check_shards,
+    local,
+    local_list,
+    plain,
+    traced,
+)
 
 COPY_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -44,7 +55,7 @@ def _native_unfit(targets: list[Tensor], sources: list[Tensor], copies: list[Ten
         dtypes = {torch.float32: 0} if tensors is targets else _native.DTYPE_CODES
         if not set(map(dtype_of, tensors)) <= set(dtypes):
             wrong = next(tensor for tensor in tensors if tensor.dtype not in dtypes)
-            return f"it needs tensors of at most 32 bits, got {describe(wrong)} in {name}"
+            return f"it needs tensors of at most 32 bits in {name}, got {describe(wrong)}"
     return _native.unwalkable({"targets": targets, "sources": sources, "copies": copies})
 
 
@@ -133,7 +144,7 @@ def check_momentum_device(momentum: float | Tensor, targets: Sequence[Tensor]) -
 
 
 def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
-    """t <- momentum * t + (1 - momentum) * s for all tensors, in place, without autograd.
+    """t <- momentum * t + (1 - momentum) * s for all tensors, in place, without autograd; of DTensors shard by shard.
 
     Args:
         targets: list (or another iterable, such as `module.parameters()`) of float32 or float64 tensors; each memory
@@ -153,6 +164,8 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
     share = momentum_tensor(momentum)
     if torch.compiler.is_compiling() or not (plain(targets) and plain(sources)):  # else the operator checks them
         check_pairs(("targets", "sources"), targets, sources, WIDE)
+        check_shards(("targets", "sources"), targets, sources)
+        targets, sources = local_list(targets), local_list(sources)
     with torch.no_grad():
         torch.ops.vjepa.ema_update_(targets, sources, [], share)
 
@@ -190,9 +203,7 @@ class EMA:
             )
         self._targets: list[Tensor] = list(targets.values())
         self._sources: list[Tensor] = [sources[name] for name in targets]
-        for name, target, source in zip(targets, self._targets, self._sources, strict=True):
-            if getattr(target, "placements", None) != getattr(source, "placements", None):
-                raise ValueError(f"source_module must be sharded like target_module, got another placement of {name}")
+        check_shards(("target_module", "source_module"), self._targets, self._sources, list(targets))
         check_pairs(
             ("target_module", "source_module"),
             local_list(self._targets),

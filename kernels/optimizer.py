@@ -19,51 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._adamw import Lists, Numbers, check_scalar
+from ._adamw import Lists, Numbers
 from ._adamw_step import Step
 from ._checks import describe
 from ._dispatch import without_autocast
-from ._native import device_of, dtype_of
-from ._tensor_lists import WIDE, Kept, alike, check_pairs, local, local_list, plain, traced
+from ._native import dtype_of
+from ._optimizer_numbers import Scalars, check_group, numbers_of, on_device
+from ._tensor_lists import WIDE, Kept, alike, check_pairs, check_shards, local, local_list, plain, shards_of, traced
 from .ema import COPY_DTYPES, momentum_tensor, momentum_value
 
-Scalars = Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None
 FOREIGN = {"foreach": None, "fused": None, "differentiable": False}  # what torch.optim.AdamW also keeps in its groups
 layout_of = operator.attrgetter("layout")
-
-
-def _number(name: str, value: object, low: float, high: float = float("inf")) -> float:
-    """`value` as a float with low <= value < high, or an error; tensors on a device are not read."""
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        value = value.item()
-    if not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not low <= value < high:
-        raise ValueError(f"{name} must be at least {low:g} and below {high:g}, got {value}")
-    return float(value)
-
-
-def _check_group(group: dict[str, Any]) -> list[float]:
-    """lr (0 if it is on a device), beta1, beta2, eps and weight decay of a group, or an error."""
-    if group.get("amsgrad") or group.get("maximize"):
-        raise ValueError("params must have amsgrad=False and maximize=False, got a group with one of them set")
-    betas, lr = group["betas"], group["lr"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas must be two numbers, got {describe(betas)}")
-    if group.get("capturable") and _on_device(lr):
-        check_scalar("lr", lr)
-        lr = 0.0
-    return [
-        _number("lr", lr, 0),
-        _number("betas[0]", betas[0], 0, 1),
-        _number("betas[1]", betas[1], 0, 1),
-        _number("eps", group["eps"], 0),
-        _number("weight_decay", group["weight_decay"], 0),
-    ]
-
-
-def _on_device(value: object) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def _check_grads(params: list[Tensor], grads: list[Tensor]) -> None:
@@ -81,13 +47,21 @@ def _check_grads(params: list[Tensor], grads: list[Tensor]) -> None:
             raise TypeError(f"params must have dense gradients, got a sparse one for {describe(param)}")
         if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
             raise ValueError(f"gradients must be like their parameter {describe(param)}, got {describe(grad)}")
-        if getattr(grad, "placements", None) != getattr(param, "placements", None):
+        if shards_of(grad) != shards_of(param):
             raise ValueError(f"gradients must be sharded like their parameter {describe(param)}, got another placement")
+
+
+def _only_zeros(grads: list[Tensor | None]) -> bool:
+    return not any(bool(local(grad).any()) for grad in grads if grad is not None)
 
 
 def _layouts(tensors: list[Tensor]) -> list[tuple[int, ...]] | None:
     """None of tensors that are all contiguous, otherwise the strides."""
     return None if all(map(Tensor.is_contiguous, tensors)) else [tensor.stride() for tensor in tensors]
+
+
+def _same(ones: list[Tensor], others: list[Tensor]) -> bool:
+    return len(ones) == len(others) and all(map(operator.is_, ones, others))
 
 
 def _fixed(lists: Lists) -> Lists:
@@ -159,11 +133,11 @@ class AdamWEMA(torch.optim.Optimizer):
         if copies is not None and copies not in COPY_DTYPES:
             raise TypeError(f"copies must be torch.bfloat16, torch.float16 or None, got {copies}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": bool(capturable)}
-        _check_group(defaults)
+        check_group(defaults)
         flags = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
         super().__init__(params, {**defaults, **flags, **FOREIGN})  # the keys of torch.optim.AdamW, which loads them
         for group in self.param_groups:
-            _check_group(group)
+            check_group(group)
         self.momentum = momentum
         all_params = [param for group in self.param_groups for param in group["params"]]
         if isinstance(shadows, Tensor) or not isinstance(shadows, Iterable):
@@ -172,11 +146,10 @@ class AdamWEMA(torch.optim.Optimizer):
         if len(all_shadows) != len(all_params):
             raise ValueError(f"shadows must have {len(all_params)} entries like params, got {len(all_shadows)}")
         paired = [(s, p) for s, p in zip(all_shadows, all_params, strict=True) if s is not None]
-        for shadow, param in paired:
+        for shadow, _ in paired:
             if not isinstance(shadow, Tensor):
                 raise TypeError(f"shadows must be tensors or None, got {describe(shadow)}")
-            if getattr(shadow, "placements", None) != getattr(param, "placements", None):
-                raise ValueError("shadows must be sharded like params, got another placement")
+        check_shards(("params", "shadows"), [param for _, param in paired], [shadow for shadow, _ in paired])
         check_pairs(
             ("shadows", "params"), *(local_list(one) for one in ([s for s, _ in paired], [p for _, p in paired])), WIDE
         )
@@ -211,7 +184,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler may leave its scale and what it found to `step`, instead of waiting for it."""
         groups = self.param_groups
-        return all(group["capturable"] or not any(map(_on_device, group["params"])) for group in groups)
+        return all(group["capturable"] or not any(map(on_device, group["params"])) for group in groups)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -237,12 +210,14 @@ class AdamWEMA(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         there = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-        numbers = self._numbers(grad_factor, found_inf)
+        numbers = numbers_of(self, grad_factor, found_inf)
         _check_grads([param for param, _ in there], [grad for _, grad in there])
+        if not self.state and not any(lr for _, (lr, *_) in numbers.groups()) and _only_zeros(grads):
+            # torch.distributed.checkpoint makes the state of a new optimizer by such a step: nothing may move in it
+            numbers = numbers._replace(momentum=1.0)
         lists = self._lists_of(params, grads)
         if traced() or not plain(lists.params):
-            momentum = momentum_tensor(self.momentum)
-            torch.ops.vjepa.adamw_ema_(*lists, *numbers._replace(momentum=momentum))
+            torch.ops.vjepa.adamw_ema_(*lists, *numbers._replace(momentum=momentum_tensor(numbers.momentum)))
         else:
             without_autocast(self._prepared(lists), lists.grads, numbers)
         return loss
@@ -254,7 +229,7 @@ class AdamWEMA(torch.optim.Optimizer):
             kept is None
             or before is None
             or layouts != self._grad_layouts
-            or not all(all(map(operator.is_, *pair)) for pair in zip(_fixed(lists), _fixed(before), strict=True))
+            or not all(map(_same, _fixed(lists), _fixed(before)))
             or not kept.holds()
         ):
             self._kept = None
@@ -274,7 +249,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an AdamWEMA or of a torch.optim.AdamW (without amsgrad and maximize)."""
         for group in state_dict["param_groups"]:
-            _check_group(group)
+            check_group(group)
         capturable = [group["capturable"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, its in zip(self.param_groups, capturable, strict=True):
@@ -291,7 +266,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _lists_of(self, params: list[Tensor], grads: list[Tensor | None]) -> Lists:
         own = self._own
-        if own is None or len(own.params) != len(params) or not all(map(operator.is_, own.params, params)):
+        if own is None or not _same(own.params, params):
             own = self._own = _Own(params, self._shadows, self._copies_of)
         rows = [
             lacking if grad is None else (grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
@@ -323,56 +298,3 @@ class AdamWEMA(torch.optim.Optimizer):
                 states[place] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
                 self.state[param] = states[place]
         return states
-
-    def _numbers(self, grad_factor: Scalars, found_inf: Tensor | None) -> Numbers:
-        groups = self.param_groups
-        hyper = [number for group in groups for number in _check_group(group)]
-        if len({bool(group["capturable"]) for group in groups}) > 1:
-            raise ValueError("params must have one capturable for all groups, got some with and some without")
-        devices = set(map(device_of, (param for group in groups for param in group["params"])))
-        lrs = [group["lr"] for group in groups]
-        if any(map(_on_device, lrs)):
-            lrs = [lr if isinstance(lr, Tensor) else self._constant(lr, devices) for lr in lrs]
-        else:
-            lrs = []
-        factors = self._factors(grad_factor, devices)
-        # what torch.amp.GradScaler leaves for a step that `_step_supports_amp_scaling`
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if isinstance(scale, Tensor):
-            unscale = scale.reshape(()).float().reciprocal()
-            factors = [factor.to(unscale.device) * unscale for factor in factors] or [unscale] * len(groups)
-        if isinstance(found, Tensor):
-            found_inf = found.reshape(()).float()
-        if found_inf is not None:
-            _check_scalar_on("found_inf", found_inf, devices)
-            if not groups[0]["capturable"] and any(device.type != "cpu" for device in devices):
-                raise ValueError(
-                    "found_inf must come with capturable=True for params on a device, got capturable=False"
-                )
-        return Numbers([len(group["params"]) for group in groups], hyper, self.momentum, lrs, factors, found_inf)
-
-    def _factors(self, grad_factor: Scalars, devices: set[torch.device]) -> list[Tensor]:
-        """A factor for each group, or none."""
-        if grad_factor is not None and not isinstance(grad_factor, Tensor | list | tuple):
-            raise TypeError(f"grad_factor must be a 0-d float32 tensor or a list, got {describe(grad_factor)}")
-        count = len(self.param_groups)
-        factors = [grad_factor] * count if grad_factor is None or isinstance(grad_factor, Tensor) else list(grad_factor)
-        if len(factors) != count:
-            raise ValueError(f"grad_factor must have {count} entries like groups, got {len(factors)}")
-        for factor in factors:
-            if factor is not None:
-                _check_scalar_on("grad_factor", factor, devices)
-        if all(factor is None for factor in factors):
-            return []
-        return [self._constant(1.0, devices) if factor is None else factor for factor in factors]
-
-    @staticmethod
-    def _constant(value: float, devices: set[torch.device]) -> Tensor:
-        return torch.full((), value, dtype=torch.float32, device=min(devices, key=str))
-
-
-def _check_scalar_on(name: str, value: object, devices: set[torch.device]) -> None:
-    check_scalar(name, value)
-    if value.device.type != "cpu" and value.device not in devices:  # type: ignore[attr-defined]
-        expected = " or ".join(sorted(map(str, devices)))
-        raise ValueError(f"{name} must be on the device of params ({expected}) or on the CPU, got {describe(value)}")

@@ -169,7 +169,7 @@ def test_arguments_a_backend_cannot_take_go_to_the_next_one(monkeypatch):
     target = torch.zeros(2, dtype=torch.float64)
     ema_update_([target], [torch.ones(2)], 0.5)
     assert target.tolist() == [0.5, 0.5]
-    sentence = r"it needs contiguous tensors of at most 32 bits, got \(2,\) float64"
+    sentence = r"it needs tensors of at most 32 bits in targets, got \(2,\) float64"
     with backend("cpu"), pytest.raises(RuntimeError, match=sentence):
         ema_update_([target], [torch.ones(2)], 0.5)
 
