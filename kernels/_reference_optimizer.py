@@ -71,10 +71,8 @@ def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
             if own[0] is not param:
                 torch._foreach_copy_([own[0], *own[2:]], [param, *moments])
     there = [shadow.numel() > 0 for shadow in lists.shadows]
-    shadows, params, shadow_copies = (
-        list(compress(tensors, there)) for tensors in (lists.shadows, lists.params, lists.shadow_copies)
-    )
-    ema_update_(shadows, params, shadow_copies, numbers.momentum)
-    there = [copy.numel() > 0 for copy in lists.param_copies]
-    if any(there):
-        torch._foreach_copy_(list(compress(lists.param_copies, there)), list(compress(lists.params, there)))
+    ema_update_(list(compress(lists.shadows, there)), list(compress(lists.params, there)), [], numbers.momentum)
+    for copies, tensors in ((lists.param_copies, lists.params), (lists.shadow_copies, lists.shadows)):
+        there = [copy.numel() > 0 for copy in copies]
+        if any(there):
+            torch._foreach_copy_(list(compress(copies, there)), list(compress(tensors, there)))

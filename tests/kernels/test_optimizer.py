@@ -306,7 +306,7 @@ def test_native_code_serves_what_it_can_and_plain_pytorch_the_rest(each_backend)
         optimizer = AdamWEMA([param], [param.detach().clone()])
         param.grad = torch.ones_like(param)
         if each_backend == "cpu":
-            with pytest.raises(RuntimeError, match="the backend cpu cannot serve adamw_ema_ on cpu: it (needs|walks)"):
+            with pytest.raises(RuntimeError, match=r"the backend cpu cannot serve adamw_ema_ on cpu: it (needs|walks)"):
                 optimizer.step()
             continue
         optimizer.step()
