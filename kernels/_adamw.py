@@ -32,10 +32,10 @@ class Lists(NamedTuple):
     param_copies: list[Tensor]
     shadow_copies: list[Tensor]
 
-    def places(self) -> Iterator[tuple[Tensor | None, ...]]:
-        """For each parameter what belongs to it, in the order of the fields, None for lists that are empty."""
-        whole = [tensors or [None] * len(self.params) for tensors in self]
-        return zip(*whole, strict=True)
+    def places(self) -> Iterator[tuple[Tensor, ...]]:
+        """For each parameter what belongs to it, in the order of the fields."""
+        nothing = torch.empty(0)
+        return zip(*(tensors or [nothing] * len(self.params) for tensors in self), strict=True)
 
 
 class Numbers(NamedTuple):
@@ -84,7 +84,7 @@ def check_lists(lists: Lists) -> None:
     for number, place in enumerate(lists.places()):
         param, grad, *moments, step, _, param_copy, shadow_copy = place
         for name, tensor in zip(Lists._fields, place, strict=True):
-            if tensor is None or name == "steps" or not tensor.numel():
+            if name == "steps" or not tensor.numel():
                 continue
             if tensor.shape != param.shape or tensor.device != param.device:
                 raise ValueError(f"{name}[{number}] must be like params {describe(param)}, got {describe(tensor)}")
@@ -98,8 +98,8 @@ def check_lists(lists: Lists) -> None:
         ):
             expected = f"float32 scalar on the CPU or on {param.device}"
             raise ValueError(f"steps[{number}] must be a {expected}, got {describe(step)}")
-        has_shadow, has_copy, has_both = (tensor is not None and tensor.numel() for tensor in place[5:])
-        if bool(has_both) != bool(has_shadow and has_copy):
+        has_shadow, has_copy, has_both = (tensor.numel() > 0 for tensor in place[5:])
+        if has_both != (has_shadow and has_copy):
             raise ValueError(
                 f"shadow_copies[{number}] must be there with shadow and copy of its parameter, and only then"
             )

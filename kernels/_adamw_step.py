@@ -67,7 +67,7 @@ class Step:
     def __init__(self, lists: Lists) -> None:
         self._changed = [*lists.params, *lists.shadows, *lists.param_copies, *lists.shadow_copies]
         self._parts: list[tuple[torch.device, list[int], Any]] = []
-        for device, (*own, places) in by_device(*lists, list(range(len(lists.params)))):
+        for device, places, own in by_device(*lists):
             part = Lists(*own)
             self._parts.append((device, places, choose("adamw_ema_", device, part).prepare(part)))
 

@@ -45,6 +45,10 @@ def _updates(*arguments: Any) -> None:
     raise NotImplementedError("an operator that updates in place is prepared first")
 
 
+def _is_called(*arguments: Any) -> None:
+    raise NotImplementedError("an operator that returns something is called at once")
+
+
 @dataclass(frozen=True)
 class Row:
     """One way to serve an op: `forward`, and `backward` if it has one.
@@ -62,7 +66,7 @@ class Row:
     why_not: Callable[[torch.device], str | None] = lambda device: None
     unfit: Callable[..., str | None] = lambda *arguments: None
     automatic: Callable[[torch.device], bool] | bool = True
-    prepare: Callable[..., Any] | None = None
+    prepare: Callable[..., Any] = _is_called
 
     def unasked(self, device: torch.device) -> bool:
         """Whether this row may be taken on `device` without being asked for."""

@@ -222,12 +222,11 @@ def unwalkable(lists: Mapping[str, Sequence[Tensor]]) -> str | None:
     if all(all(map(Tensor.is_contiguous, tensors)) for tensors in given.values()):
         return None
     for k, place in enumerate(zip(*given.values(), strict=True)):
-        there = {name: tensor for name, tensor in zip(given, place, strict=True) if tensor.numel()}
-        first = next(iter(there.values()), None)
-        for name, tensor in there.items():
-            if tensor.is_contiguous() and first.is_contiguous():
+        there = [(name, tensor) for name, tensor in zip(given, place, strict=True) if tensor.numel()]
+        for name, tensor in there:
+            if tensor.is_contiguous() and there[0][1].is_contiguous():
                 continue
-            if not one_run(tensor) or tensor.stride() != first.stride():
+            if not one_run(tensor) or tensor.stride() != there[0][1].stride():
                 return (
                     f"it walks tensors as one run of memory, all in the same order, "
                     f"got {name}[{k}] of shape {tuple(tensor.shape)} with strides {tensor.stride()}"

@@ -29,7 +29,7 @@ from ._native_launch import DeviceTable
 CHUNK_ELEMENTS = 1 << 14  # per CUDA block: 0.65 MB of traffic, a thousand blocks for the smallest ViT
 MAXIMUM_GROUPS = 32  # VJEPA_MAXIMUM_GROUPS of csrc/capi.h
 ANY_GROUP = 1 << 62  # a table is checked before it is known which groups there are
-COLUMNS = [name for name, _ in AdamWEntry._fields_]
+COLUMNS = [field[0] for field in AdamWEntry._fields_]
 
 
 def words(lists: Lists) -> array[int]:

@@ -53,7 +53,10 @@ def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
         given = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
         walked = [_walked(*tensors) if fused else tensors for tensors in given]
         adamw(
-            *map(list, zip(*walked, strict=True)),
+            [param for param, *_ in walked],
+            [grad for _, grad, *_ in walked],
+            [exp_avg for *_, exp_avg, _ in walked],
+            [exp_avg_sq for *_, exp_avg_sq in walked],
             [],
             steps,
             foreach=not fused,
@@ -67,12 +70,12 @@ def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
             eps=eps,
             maximize=False,
         )
-        for own, (param, _, *moments) in zip(given, walked, strict=True):
-            if own[0] is not param:
-                torch._foreach_copy_([own[0], *own[2:]], [param, *moments])
+        for tensors, copied in zip(given, walked, strict=True):
+            if tensors[0] is not copied[0]:
+                torch._foreach_copy_([tensors[0], *tensors[2:]], [copied[0], *copied[2:]])
     there = [shadow.numel() > 0 for shadow in lists.shadows]
     ema_update_(list(compress(lists.shadows, there)), list(compress(lists.params, there)), [], numbers.momentum)
-    for copies, tensors in ((lists.param_copies, lists.params), (lists.shadow_copies, lists.shadows)):
+    for copies, originals in ((lists.param_copies, lists.params), (lists.shadow_copies, lists.shadows)):
         there = [copy.numel() > 0 for copy in copies]
         if any(there):
-            torch._foreach_copy_(list(compress(copies, there)), list(compress(tensors, there)))
+            torch._foreach_copy_(list(compress(copies, there)), list(compress(originals, there)))

@@ -20,15 +20,15 @@ PLAIN = {Tensor, nn.Parameter}  # types that are what they seem
 WIDE = (torch.float32, torch.float64)  # a step of an average or an optimizer vanishes in less
 
 
-def by_device(*lists: list[Tensor]) -> Iterator[tuple[torch.device, tuple[list[Tensor], ...]]]:
-    """Each device of the first list's tensors, and of each list (or empty list) those at their places."""
+def by_device(*lists: list[Tensor]) -> Iterator[tuple[torch.device, list[int], tuple[list[Tensor], ...]]]:
+    """Each device of the first list's tensors, their places, and of each list (or empty list) those at these places."""
     devices = list(map(device_of, lists[0]))
     for device in dict.fromkeys(devices):
         if devices.count(device) == len(devices):
-            yield device, lists
+            yield device, list(range(len(devices))), lists
         else:
             places = [place for place, its in enumerate(devices) if its == device]
-            yield device, tuple([tensors[place] for place in places] if tensors else [] for tensors in lists)
+            yield device, places, tuple([tensors[place] for place in places] if tensors else [] for tensors in lists)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ register(Row("ema_update_", "reference", prepare=_reference))
 def prepare(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor]) -> Callable[[float | Tensor], None]:
     """update(momentum) of checked tensors of any devices; all that may be refused is refused before it."""
     updates = [
-        choose("ema_update_", device, *lists).prepare(*lists) for device, lists in by_device(targets, sources, copies)
+        choose("ema_update_", device, *lists).prepare(*lists)
+        for device, _, lists in by_device(targets, sources, copies)
     ]
 
     def update(momentum: float | Tensor) -> None:

@@ -151,7 +151,10 @@ class AdamWEMA(torch.optim.Optimizer):
                 raise TypeError(f"shadows must be tensors or None, got {describe(shadow)}")
         check_shards(("params", "shadows"), [param for _, param in paired], [shadow for shadow, _ in paired])
         check_pairs(
-            ("shadows", "params"), *(local_list(one) for one in ([s for s, _ in paired], [p for _, p in paired])), WIDE
+            ("shadows", "params"),
+            local_list(shadow for shadow, _ in paired),
+            local_list(param for _, param in paired),
+            WIDE,
         )
         self._shadows: dict[Tensor, Tensor] = {param: shadow for shadow, param in paired}
         self.param_copies: list[Tensor] = []

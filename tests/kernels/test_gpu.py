@@ -90,6 +90,87 @@ def test_no_wait_for_the_device(make_sets, serving):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def network():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((70, 300), (5,), (1,))]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params, [torch.randn_like(param) for param in params]
+
+
+@pytest.mark.parametrize("name", ["cuda", "reference"])
+def test_a_cuda_graph_replays_the_optimizer_step(name):
+    """Gradients, factor, learning rate, momentum and what was found are read anew, steps are counted on the device."""
+    (params, shadows), (others, averages) = network(), network()
+    options = {"weight_decay": 0.1, "capturable": True, "copies": torch.bfloat16}
+    lr, momentum = torch.tensor(0.0, device="cuda"), torch.tensor(1.0, dtype=torch.float64, device="cuda")
+    factor, found_inf = torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda")
+    with backend(name):
+        optimizer, other = AdamWEMA(params, shadows, **options), AdamWEMA(others, averages, **options)
+        for its in (optimizer, other):
+            its.param_groups[0]["lr"], its.momentum = lr, momentum
+            its.step(grad_factor=factor, found_inf=found_inf)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step(grad_factor=factor, found_inf=found_inf)
+        for number in range(1, 6):
+            lr.fill_(0.01 * number)
+            momentum.fill_(0.9 + 0.01 * number)
+            factor.fill_(1 / number)
+            found_inf.fill_(float(number == 3))
+            for param, twin in zip(params, others, strict=True):
+                param.grad.normal_()
+                twin.grad.copy_(param.grad)
+            graph.replay()
+            other.step(grad_factor=factor, found_inf=found_inf)
+    assert [optimizer.state[param]["step"].item() for param in params] == [5.0] * 3
+    for ours, plain in zip((*params, *shadows), (*others, *averages), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(c, p.detach().bfloat16()) for c, p in zip(optimizer.param_copies, params, strict=True))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", ["cuda", "reference"])
+def test_the_optimizer_step_is_that_of_pytorch_and_waits_for_nothing(name, capturable):
+    (params, shadows), (others, averages) = network(), network()
+    numbers = {"lr": 1e-2, "weight_decay": 0.1}
+    optimizer, adamw = AdamWEMA(params, shadows, **numbers, capturable=capturable), torch.optim.AdamW(others, **numbers)
+    factor = torch.tensor(0.5, device="cuda")
+    with backend(name):
+        optimizer.step(grad_factor=factor)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for number in range(1, 4):
+                for param in params:
+                    param.grad = torch.full_like(param, float(number))  # at another address each time
+                optimizer.step(grad_factor=factor)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for number in range(4):
+        for param in others:
+            param.grad = param.grad * 0.5 if number == 0 else torch.full_like(param, 0.5 * number)
+        adamw.step()
+        for average, param in zip(averages, others, strict=True):
+            average.lerp_(param.detach(), 1 - optimizer.momentum)
+    for ours, plain in zip((*params, *shadows), (*others, *averages), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+@pytest.mark.parametrize("name", ["cuda", "reference"])
+def test_the_optimizer_step_on_two_gpus(name):
+    (params, shadows), (others, averages) = network(), network()
+    moved = [torch.nn.Parameter(param.detach().to(f"cuda:{place % 2}")) for place, param in enumerate(params)]
+    for param, old in zip(moved, params, strict=True):
+        param.grad = old.grad.to(param.device)
+    shadows = [shadow.to(param.device) for shadow, param in zip(shadows, moved, strict=True)]
+    with backend(name):
+        AdamWEMA(moved, shadows).step(grad_factor=torch.tensor(0.5, device="cuda:0"))
+        AdamWEMA(others, averages).step(grad_factor=torch.tensor(0.5, device="cuda:0"))
+    for ours, plain in zip((*moved, *shadows), (*others, *averages), strict=True):
+        assert torch.equal(ours.cpu(), plain.cpu())
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_no_kernel_is_compiled_for_a_new_mask(make_sets, monkeypatch):
     from triton import knobs

@@ -227,9 +227,9 @@ def test_versions_of_what_is_written_go_up():
 
 def halves(*lists):
     """Pretends that every other tensor lies on another device."""
-    for device, whole in by_device(*lists):
+    for device, places, whole in by_device(*lists):
         for start in (0, 1):
-            yield device, tuple(tensors[start::2] for tensors in whole)
+            yield device, places[start::2], tuple(tensors[start::2] for tensors in whole)
 
 
 def test_parameters_of_several_devices(monkeypatch):
