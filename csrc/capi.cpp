@@ -85,4 +85,8 @@ extern "C" int32_t vjepa_adamw_cuda(const vjepa_adamw_tensor *, const vjepa_grid
 extern "C" int32_t vjepa_write_cuda(int64_t *, const int64_t *, int64_t, int32_t, void *) {
   return VJEPA_ERROR_NO_CUDA;
 }
+extern "C" int32_t vjepa_norms_cuda(const vjepa_norm_tensor *, const vjepa_grid *, const int64_t *, int64_t, double *,
+                                    float *, int32_t, void *) {
+  return VJEPA_ERROR_NO_CUDA;
+}
 #endif

@@ -159,6 +159,38 @@ VJEPA_API int32_t vjepa_adamw_cuda_on_host(const vjepa_adamw_tensor *tensors, co
                                            const vjepa_adamw_group *groups, int64_t num_groups,
                                            const vjepa_adamw_scalars *scalars, double momentum);
 
+/* Gradient norms. A tensor of one; those of a group follow one another. */
+typedef struct vjepa_norm_tensor {
+  const void *values; /* [numel] dtype, read; aligned to its element type */
+  int64_t numel;      /* elements, >= 0 */
+  int64_t dtype;      /* VJEPA_FLOAT32, VJEPA_BFLOAT16 or VJEPA_FLOAT16 */
+  int64_t group;      /* not below that of the tensor before */
+} vjepa_norm_tensor;
+
+/* Elements whose squares are summed together before their sum is added to others: the order of the sum depends on it.
+ */
+#define VJEPA_NORM_CHUNK 65536
+
+/* norms[g] <- square root of the sum of the squares of all elements of group g, for 0 <= g < num_groups; summed in
+ * float64, rounded once; 0 of a group without elements. The result does not depend on `threads` (>= 1). */
+VJEPA_API int32_t vjepa_norms_cpu(const vjepa_norm_tensor *tensors, int64_t count, int64_t num_groups, float *norms,
+                                  int32_t threads);
+
+/* Whether vjepa_norms_cuda can read these tensors, `tensors` itself in host memory. */
+VJEPA_API int32_t vjepa_norms_check(const vjepa_norm_tensor *tensors, int64_t count, int64_t num_groups);
+
+/* The norms on a GPU, in one launch for the chunks and one for each 32 groups; nothing is launched, and nothing
+ * written, if there is no chunk. `tensors`, which were checked, and the grid's first_chunks lie on the device, as do
+ * `partials` [num_chunks] and `norms` [num_groups]; `offsets` [num_groups + 1], the first chunk of each group and in
+ * the end the number of chunks, lies in host memory and is copied into the launches. The bits are those of
+ * vjepa_norms_cpu if the grid's chunks are of VJEPA_NORM_CHUNK elements. Asynchronous. */
+VJEPA_API int32_t vjepa_norms_cuda(const vjepa_norm_tensor *tensors, const vjepa_grid *grid, const int64_t *offsets,
+                                   int64_t num_groups, double *partials, float *norms, int32_t device, void *stream);
+
+/* What vjepa_norms_cuda does, executed on the host; see vjepa_ema_cuda_on_host. */
+VJEPA_API int32_t vjepa_norms_cuda_on_host(const vjepa_norm_tensor *tensors, const vjepa_grid *grid,
+                                           const int64_t *offsets, int64_t num_groups, double *partials, float *norms);
+
 #ifdef __cplusplus
 }
 #endif

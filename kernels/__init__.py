@@ -15,6 +15,7 @@ from ._dispatch import backend
 from .attention import varlen_attention
 from .ema import EMA, ema_update_
 from .gather import apply_masks, gather_tokens, scatter_tokens
+from .gradient_norm import gradient_norms
 from .loss import masked_l1_loss
 from .mlp import mlp
 from .norm import add_layer_norm
@@ -32,6 +33,7 @@ __all__ = [
     "backend",
     "ema_update_",
     "gather_tokens",
+    "gradient_norms",
     "masked_l1_loss",
     "mlp",
     "predictor_tokens",

@@ -87,6 +87,17 @@ class AdamWScalars(ctypes.Structure):
     _fields_ = [("found_inf", ctypes.c_void_p), ("momentum", ctypes.c_void_p)]
 
 
+class NormEntry(ctypes.Structure):
+    """`vjepa_norm_tensor` of csrc/capi.h."""
+
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    ]
+
+
 class Grid(ctypes.Structure):
     """`vjepa_grid` of csrc/capi.h."""
 
@@ -144,6 +155,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "vjepa_adamw_cuda_on_host": (i32, [pointer, grid, groups, i64, scalars, f64]),
         "vjepa_write_cuda": (i32, [pointer, pointer, i64, i32, pointer]),
         "vjepa_write_cuda_on_host": (i32, [pointer, pointer, i64]),
+    }
+    norms, i64s = map(ctypes.POINTER, (NormEntry, i64))
+    prototypes |= {
+        "vjepa_norms_check": (i32, [norms, i64, i64]),
+        "vjepa_norms_cpu": (i32, [norms, i64, i64, pointer, i32]),
+        "vjepa_norms_cuda": (i32, [pointer, grid, i64s, i64, pointer, pointer, i32, pointer]),
+        "vjepa_norms_cuda_on_host": (i32, [pointer, grid, i64s, i64, pointer, pointer]),
     }
     for name, (result, arguments) in prototypes.items():
         function = getattr(library, name)

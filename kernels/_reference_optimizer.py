@@ -79,3 +79,16 @@ def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
         there = [copy.numel() > 0 for copy in copies]
         if any(there):
             torch._foreach_copy_(list(compress(copies, there)), list(compress(originals, there)))
+
+
+def gradient_norms(gradients: list[Tensor], sizes: list[int]) -> Tensor:
+    """[len(sizes)] float32: the L2 norm of each group, `sizes` tensors after one another, summed in float64."""
+    norms, first = [], 0
+    for size in sizes:
+        group = gradients[first : first + size]
+        first += size
+        if group:
+            norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2, torch.float64))))
+        else:
+            norms.append(torch.zeros((), dtype=torch.float64, device=gradients[0].device))
+    return torch.stack(norms).float()

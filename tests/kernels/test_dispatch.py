@@ -17,6 +17,7 @@ OPS = [
     "add_layer_norm",
     "ema_update_",
     "gather_tokens",
+    "gradient_norms",
     "masked_l1_loss",
     "mlp",
     "predictor_tokens",

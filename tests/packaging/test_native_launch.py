@@ -20,8 +20,8 @@ def launches(monkeypatch):
     library = _native.library()
 
     def launch(self, words, function, *arguments):
-        counts.append(len(self._chunks) - 1)
-        chunks = self._chunks
+        counts.append(len(self.chunks) - 1)
+        chunks = self.chunks
         grid = _native.Grid(chunks.buffer_info()[0], len(chunks) - 1, chunks[-1], self._elements)
         assert function is library.vjepa_adamw_cuda
         _native.check(library.vjepa_adamw_cuda_on_host(words.buffer_info()[0], grid, *arguments))
