@@ -75,7 +75,7 @@ gpu-tokens: BENCHMARKS := tubelet gather predictor_tokens loss
 gpu-attention: BENCHMARKS := attention
 gpu-block: BENCHMARKS := norm mlp block
 gpu-overhead: BENCHMARKS := overhead
-gpu-ema: BENCHMARKS := ema optimizer
+gpu-ema: BENCHMARKS := ema gradient_norm optimizer
 gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema: gpu-stage
 	$(call gpu_pytest,440,--benchmark-only $(BENCHMARKS:%=$(CURDIR)/benchmarks/bench_%.py))
 

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = (
-    *("tubelet", "gather", "predictor_tokens", "loss", "attention", "norm", "mlp", "block", "ema", "optimizer"),
-    "overhead",
+    *("tubelet", "gather", "predictor_tokens", "loss", "attention", "norm", "mlp", "block", "ema"),
+    *("gradient_norm", "optimizer", "overhead"),
 )
 
 Work = dict[str, Any]  # one entry of "works" in a file, see Outcome in harness.py

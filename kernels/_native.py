@@ -156,7 +156,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "vjepa_write_cuda": (i32, [pointer, pointer, i64, i32, pointer]),
         "vjepa_write_cuda_on_host": (i32, [pointer, pointer, i64]),
     }
-    norms, i64s = map(ctypes.POINTER, (NormEntry, i64))
+    norms, i64s = ctypes.POINTER(NormEntry), ctypes.POINTER(i64)
     prototypes |= {
         "vjepa_norms_check": (i32, [norms, i64, i64]),
         "vjepa_norms_cpu": (i32, [norms, i64, i64, pointer, i32]),

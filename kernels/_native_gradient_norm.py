@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
-from itertools import accumulate, chain, repeat
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, count, repeat
 
 import torch
 from torch import Tensor
@@ -31,14 +31,19 @@ def walkable(tensors: Sequence[Tensor]) -> bool:
     """Whether the library can walk all: each one run of memory, in whatever order, of a dtype that it reads."""
     if not DTYPE_CODES.keys() >= set(map(dtype_of, tensors)):
         return False
-    return all(map(Tensor.is_contiguous, tensors)) or all(
-        tensor.layout == torch.strided and one_run(tensor) for tensor in tensors
-    )
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        return False
+    return all(map(Tensor.is_contiguous, tensors)) or all(map(one_run, tensors))
+
+
+def groups_of(sizes: Iterable[int]) -> Iterable[int]:
+    """The group of each tensor."""
+    return chain.from_iterable(map(repeat, count(), sizes))
 
 
 def words(gradients: Sequence[Tensor], sizes: Sequence[int]) -> array[int]:
     """The rows of the table of `walkable` tensors on one device, `sizes` of them in each group."""
-    groups = list(chain.from_iterable(map(repeat, range(len(sizes)), sizes)))
+    groups = list(groups_of(sizes))
     numels = map(Tensor.numel, gradients)
     return words_of(len(groups), addresses(gradients), numels, codes_of(gradients), groups)
 

@@ -10,7 +10,8 @@ and the instruction set, on a CPU and on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain, repeat
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,10 @@ EXPECTED = "must have strided gradients in float32, bfloat16, float16 or float64
 
 
 def _reference(gradients: list[Tensor], sizes: list[int]) -> Tensor:
-    for g, gradient in zip(_groups(sizes), gradients, strict=True):
+    for g, gradient in zip(native.groups_of(sizes), gradients, strict=True):
         if gradient.dtype not in FLOATS or gradient.layout != torch.strided:
             raise TypeError(f"groups[{g}] {EXPECTED}, got {describe(gradient)}, {gradient.layout}")
     return reference.gradient_norms(gradients, sizes)
-
-
-def _groups(sizes: list[int]) -> Iterable[int]:
-    """The group of each tensor."""
-    return chain.from_iterable(map(repeat, range(len(sizes)), sizes))
 
 
 def _native_unfit(gradients: list[Tensor], sizes: list[int]) -> str | None:
@@ -46,10 +42,9 @@ def _native_unfit(gradients: list[Tensor], sizes: list[int]) -> str | None:
 
 register(Row("gradient_norms", "cpu", native.norms_cpu, why_not=native_cpu_why_not, unfit=_native_unfit))
 # not automatic before it has been measured against the reference on a GPU
-_CUDA = Row(
-    "gradient_norms", "cuda", native.norms_cuda, why_not=native_cuda_why_not, unfit=_native_unfit, automatic=False
+register(
+    Row("gradient_norms", "cuda", native.norms_cuda, why_not=native_cuda_why_not, unfit=_native_unfit, automatic=False)
 )
-register(_CUDA)
 register(Row("gradient_norms", "reference", _reference))
 
 
@@ -90,6 +85,12 @@ def _mesh(gradient: Tensor) -> object | None:
     return getattr(gradient, "device_mesh", None)
 
 
+def _whole(gradients: list[Any]) -> Tensor:
+    """[1], the norm of DTensors on one mesh, whose processes communicate."""
+    norm: Any = _reference(gradients, [len(gradients)])  # DTensors compute this with DTensors
+    return norm.full_tensor()
+
+
 def _with_shards(groups: list[list[Tensor]]) -> Tensor:
     """The norms of groups among which there are DTensors."""
     gradients = list(chain.from_iterable(groups))
@@ -100,7 +101,7 @@ def _with_shards(groups: list[list[Tensor]]) -> Tensor:
             of_mesh = gradient_norms(parts)
         else:
             none = norms.new_zeros(1)
-            of_mesh = torch.cat([_reference(part, [len(part)]).full_tensor() if part else none for part in parts])
+            of_mesh = torch.cat([_whole(part) if part else none for part in parts])
         norms = torch.hypot(norms, of_mesh)
     return norms
 
