@@ -19,7 +19,7 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
 
 
 def parameter_groups(model: VJEPA) -> tuple[list[dict[str, Any]], list[torch.Tensor | None]]:
-    """AdamW groups, decayed and not, of encoder and predictor; and for each parameter its moving average or None.
+    """AdamW groups, decayed and not, of the parts encoder and predictor; and for each parameter its moving average or None.
 
     The averages are listed in the order of the groups: the target encoder's for a parameter of the encoder, None for
     one of the predictor.
@@ -28,10 +28,10 @@ def parameter_groups(model: VJEPA) -> tuple[list[dict[str, Any]], list[torch.Ten
     groups: list[dict[str, Any]] = []
     shadows: list[torch.Tensor | None] = []
     for decayed in (True, False):
-        for module in (model.encoder, model.predictor):
+        for part, module in (("encoder", model.encoder), ("predictor", model.predictor)):
             chosen = {name: p for name, p in module.named_parameters() if is_decayed(name, p) == decayed}
-            groups.append({"params": list(chosen.values()), "decayed": decayed})
-            shadows += [averages[name] if module is model.encoder else None for name in chosen]
+            groups.append({"params": list(chosen.values()), "decayed": decayed, "part": part})
+            shadows += [averages[name] if part == "encoder" else None for name in chosen]
     return groups, shadows
 
 

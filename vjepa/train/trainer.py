@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import vjepa
 from vjepa.checkpoint import (
@@ -29,7 +28,7 @@ from vjepa.checkpoint import (
     write_checkpoint,
 )
 from vjepa.config import VJEPAConfig
-from vjepa.kernels import AdamWEMA
+from vjepa.kernels import AdamWEMA, gradient_norms
 from vjepa.masks import Masks
 from vjepa.model import VJEPA
 from vjepa.monitors import collapse_metrics
@@ -128,14 +127,15 @@ class Trainer:
         scheduled = self._schedules.at(self.steps_done)
         self._set_schedules(*scheduled)
         loss, measured = self._accumulate_gradients(video, masks, monitors)
-        clip = self.config.clip_grad if self.steps_done >= self.config.first_clipped_step else None
-        norms = {f"grad_norm_{name}": _clip(parameters, clip) for name, parameters in self._clipped_apart.items()}
-        tensors = {"loss": loss, **norms, **measured}
+        parts = self._clipped_apart
+        norms = dict(zip(parts, gradient_norms([p.grad for p in its] for its in parts.values()), strict=True))
+        tensors = {"loss": loss, **{f"grad_norm_{part}": norm for part, norm in norms.items()}, **measured}
         # The only wait for the device in a step: the guard needs these numbers before the weights may change.
         numbers = dict(zip(tensors, torch.stack([t.float() for t in tensors.values()]).tolist(), strict=True))
-        if not all(abs(numbers[name]) < float("inf") for name in ("loss", *norms)):
-            raise self._refuse({name: numbers[name] for name in ("loss", *norms)}, generator_before)
-        self.optimizer.step()
+        guarded = {name: numbers[name] for name in ("loss", *(f"grad_norm_{part}" for part in parts))}
+        if not all(abs(number) < float("inf") for number in guarded.values()):
+            raise self._refuse(guarded, generator_before)
+        self.optimizer.step(grad_factor=self._clip_factors(norms))
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         return {
@@ -151,6 +151,17 @@ class Trainer:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
         self.optimizer.momentum = momentum
+
+    def _clip_factors(self, norms: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
+        """What the gradients of each parameter group are multiplied by, so that no part's norm exceeds the limit.
+
+        As torch.nn.utils.clip_grad_norm_ does it, but in the optimizer's pass over the gradients.
+        """
+        limit = self.config.clip_grad
+        if limit is None or self.steps_done < self.config.first_clipped_step:
+            return None
+        factors = {part: (limit / (norm + 1e-6)).clamp(max=1.0) for part, norm in norms.items()}
+        return [factors[group["part"]] for group in self.optimizer.param_groups]
 
     def _accumulate_gradients(
         self, video: torch.Tensor, masks: Masks, monitors: bool
@@ -259,12 +270,3 @@ class Trainer:
             return state["extra"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"The state of {checkpoint} is damaged: {type(error).__name__} {error}.") from error
-
-
-def _clip(parameters: list[nn.Parameter], limit: float | None) -> torch.Tensor:
-    """Scales gradients to a total norm of at most `limit`; returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = get_total_norm(gradients)
-    if limit is not None:
-        clip_grads_with_norm_(parameters, limit, norm)
-    return norm
