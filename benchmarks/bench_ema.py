@@ -1,20 +1,25 @@
-"""EMA of a ViT, float32: ours against `_foreach_lerp_` and against the loop of the usual trainers.
+"""EMA of a ViT, float32: ours against the loop of the released recipe, the usual libraries' ways and foreach operations.
 
 Without copies: 12 bytes a parameter. With bfloat16 copies: 14; peers need a second pass for those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vjepa.kernels import ema_update_
+from vjepa.kernels import EMA, ema_update_
 
-from .harness import Work
+from .harness import Call, Work
 
 MOMENTUM = 0.998
 ROUNDING = 2e-7  # relative and absolute: one rounding of the sum and one of the difference in it
-SIZES = {"cuda": ("ViT-L", 1024, 24), "cpu": ("ViT-S", 384, 12)}  # width and depth
+VIT_S, VIT_L = ("ViT-S", 384, 12), ("ViT-L", 1024, 24)  # name, width and depth
+SIZES = {"cuda": VIT_L, "cpu": VIT_S}
+RELEASED = "released loop"
 
 
 def shapes(width: int, depth: int) -> list[tuple[int, ...]]:
@@ -23,13 +28,61 @@ def shapes(width: int, depth: int) -> list[tuple[int, ...]]:
     return [(width, 3, 2, 16, 16), *matrices * depth, *vectors * depth]
 
 
-def loop(targets: list[Tensor], sources: list[Tensor]) -> None:
+# ---------------------------------------------------------------------------------------------------------------- peers
+
+
+def released_loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Three passes for each tensor, one of which writes a temporary."""
+    for target, source in zip(targets, sources, strict=True):
+        target.mul_(MOMENTUM).add_((1 - MOMENTUM) * source)
+
+
+def alpha_loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Two passes for each tensor."""
     for target, source in zip(targets, sources, strict=True):
         target.mul_(MOMENTUM).add_(source, alpha=1 - MOMENTUM)
 
 
-def foreach_lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+def lerp_loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """One pass for each tensor, as timm's ModelEmaV3 without foreach."""
+    for target, source in zip(targets, sources, strict=True):
+        target.lerp_(source, 1 - MOMENTUM)
+
+
+def new_value_loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Products and their sum are new tensors, the sum is then copied: the arithmetic of timm's ModelEmaV2."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(MOMENTUM * target + (1 - MOMENTUM) * source)
+
+
+def foreach_lerp(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
+
+
+def foreach_mul_add(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    torch._foreach_mul_(targets, MOMENTUM)
+    torch._foreach_add_(targets, sources, alpha=1 - MOMENTUM)
+
+
+def averaged_model(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Call:
+    """torch's AveragedModel of a module made of `sources`, past its first update, which would only copy."""
+    averaged, model = AveragedModel(nn.Module(), multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM)), nn.ParameterList(sources)
+    averaged.module = nn.ParameterList(targets)
+    averaged.n_averaged.fill_(1)
+    return lambda: averaged.update_parameters(model)
+
+
+UPDATES = {
+    "foreach_lerp_": foreach_lerp,
+    "foreach_mul_ + foreach_add_": foreach_mul_add,
+    RELEASED: released_loop,
+    "loop of mul_ and add_(alpha)": alpha_loop,
+    "loop of lerp_ (timm V3)": lerp_loop,
+    "loop of new values (timm V2)": new_value_loop,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- works
 
 
 def prepare(device: torch.device) -> tuple[str, list[Tensor], list[Tensor]]:
@@ -39,47 +92,62 @@ def prepare(device: torch.device) -> tuple[str, list[Tensor], list[Tensor]]:
     return f"{model}, {sum(t.numel() for t in lists[0]) / 1e6:.0f} M parameters", *lists
 
 
-def verifier(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor] | None = None):
+def verifier(targets: list[Tensor], sources: list[Tensor], copies: Sequence[Tensor] = ()) -> Callable:
     """The targets are updated in place, so each contender is compared with what they were before it."""
 
-    def verify(call, factor):
+    def verify(call: Call, factor: float) -> None:
         expected = [MOMENTUM * t.double() + (1 - MOMENTUM) * s.double() for t, s in zip(targets, sources, strict=True)]
         call()
         for target, value in zip(targets, expected, strict=True):
             assert ((target - value).abs_() <= value.abs().mul_(ROUNDING).add_(ROUNDING)).all()
-        for copy, target in zip(copies or [], targets, strict=False):
+        for copy, target in zip(copies, targets, strict=bool(copies)):
             assert torch.equal(copy, target.bfloat16())
 
     return verify
 
 
+def work(name: str, targets: list[Tensor], bytes_each: int) -> Work:
+    numel = sum(target.numel() for target in targets)
+    needs = {"bytes_moved": bytes_each * numel, "flop": 3 * numel}
+    return Work("ema", name, "float32", {"parameters": [numel]}, **needs, in_place=True, also=RELEASED)
+
+
+def peers(targets: list[Tensor], sources: list[Tensor]) -> dict[str, Call]:
+    calls = {name: lambda update=update: update(targets, sources) for name, update in UPDATES.items()}
+    return {**calls, "AveragedModel": averaged_model(targets, sources)}
+
+
 def bench_ema(compare, device):
     name, targets, sources = prepare(device)
-    parameters = sum(target.numel() for target in targets)
-    compare(
-        Work("ema", name, "float32", {"parameters": [parameters]}, bytes_moved=12 * parameters, flop=3 * parameters),
-        "ema_update_",
-        lambda: ema_update_(targets, sources, MOMENTUM),
-        {"foreach_lerp_": lambda: foreach_lerp(targets, sources), "loop": lambda: loop(targets, sources)},
-        verify=verifier(targets, sources),
-    )
+    ours, verify = (lambda: ema_update_(targets, sources, MOMENTUM)), verifier(targets, sources)
+    compare(work(name, targets, 12), "ema_update_", ours, peers(targets, sources), verify=verify)
 
 
-def bench_ema_with_copies(compare, device):
+def bench_ema_class(compare, device):
     name, targets, sources = prepare(device)
-    parameters = sum(target.numel() for target in targets)
-    copies = [target.bfloat16() for target in targets]
-    momentum = torch.tensor(MOMENTUM, dtype=torch.float64)
+    ema = EMA(nn.ParameterList(targets), nn.ParameterList(sources))
+    ours, verify = (lambda: ema.update(MOMENTUM)), verifier(targets, sources)
+    compare(work(f"{name}, EMA class", targets, 12), "ema_update_", ours, peers(targets, sources), verify=verify)
+
+
+def bench_ema_class_with_copies(compare, device):
+    name, targets, sources = prepare(device)
+    ema = EMA(nn.ParameterList(targets), nn.ParameterList(sources), copies=torch.bfloat16)
+    copies = list(ema.copies.values())
 
     def two_passes() -> None:
         foreach_lerp(targets, sources)
         torch._foreach_copy_(copies, targets)
 
-    shapes_of = {"parameters": [parameters]}
+    def loop() -> None:
+        released_loop(targets, sources)
+        for copy, target in zip(copies, targets, strict=True):
+            copy.copy_(target)
+
     compare(
-        Work("ema", f"{name}, bf16 copies", "float32", shapes_of, bytes_moved=14 * parameters, flop=3 * parameters),
+        work(f"{name}, EMA class, bf16 copies", targets, 14),
         "ema_update_",
-        lambda: torch.ops.vjepa.ema_update_(targets, sources, copies, momentum),
-        {"foreach_lerp_ + foreach_copy_": two_passes},
+        lambda: ema.update(MOMENTUM),
+        {"foreach_lerp_ + foreach_copy_": two_passes, RELEASED: loop},
         verify=verifier(targets, sources, copies),
     )

@@ -21,7 +21,8 @@ from vjepa.kernels import (
     varlen_attention,
 )
 
-from .harness import HostClock, LaunchClock, Work
+from .clocks import HostClock, LaunchClock
+from .harness import Work
 
 CALLS = 30  # a sample; on a GPU few enough for its queue to take all
 CLIPS, LENGTH, WIDTH = 2, 8, 16

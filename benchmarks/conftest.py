@@ -23,19 +23,8 @@ from torch import Tensor
 from vjepa.kernels import backend
 
 from . import report
-from .harness import (
-    ROUNDS,
-    Call,
-    Clock,
-    Contender,
-    DeviceClock,
-    HostClock,
-    Outcome,
-    Work,
-    check,
-    compete,
-    ours,
-)
+from .clocks import Call, Clock, DeviceClock, HostClock
+from .harness import ROUNDS, Contender, Outcome, Work, check, compete, ours
 from .machine import Ceilings, machine, measure_ceilings
 
 DEFAULT_RESULTS = Path(__file__).parent / "results"
@@ -118,6 +107,7 @@ def compare(
                 check(contender(), plain, exact, factor)
 
         assert verify is not None
+        assert work.also is None or work.also in peers
         contenders = [*ours(operator, device, call), *(Contender(name, peer) for name, peer in peers.items())]
         rounds = ROUNDS if benchmark.enabled else 0
         outcome = benchmark.pedantic(compete, (work, contenders, verify, other_clock or clock, device, rounds))

@@ -1,7 +1,6 @@
 """How a number comes about: contenders are checked, then take turns at the same work.
 
-A contender whose result is wrong gets no time. On a GPU the L2 cache is emptied before each repetition, by reading a
-larger buffer for so long that the host is far ahead, and CUDA events time the device; on a CPU a clock does.
+A contender whose result is wrong gets no time. The clocks are in clocks.py.
 """
 
 from __future__ import annotations
@@ -20,18 +19,16 @@ from torch import Tensor
 
 from vjepa.kernels import _dispatch, backend
 
+from .clocks import Call, Clock
+
 GIGA, TERA = 1e9, 1e12
 ROUNDS = 50
 FEWEST_ROUNDS = 5  # of work so slow that all rounds would take longer than BUDGET
 BUDGET = 2.0  # seconds for all contenders of one work, checks and compilation apart
-EMPTYING = 1 << 28  # bytes read before each repetition on a GPU, or four times its L2 cache if that is more
-HOST_AHEAD = 1e-3  # seconds of reading queued before a timed call, so that its launches do not keep the GPU waiting
 OURS = 2.0  # our error may be so many times that of plain PyTorch in the same dtype, as in the tests
 PEERS = 10.0  # a peer may round at other places; it must still compute the same thing
 COMPILED = "torch.compile"  # peers of such a name need a compiler, which may be missing
-
-Call = Callable[[], object]
-Clock = Callable[[Call], float]
+STREAM = "addition in place"
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,8 @@ class Work:
     bytes_moved: int = 0
     flop: int = 0
     exps: int = 0  # exponentials, where they may be the limit
+    in_place: bool = False  # writes what it has read: its ceiling is an addition in place instead of a copy
+    also: str | None = None  # a peer that the tables name even where another is better
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Result:
     gb_s: float | None = None
     tflop_s: float | None = None
     share_of_copy: float | None = None
+    share_of_update: float | None = None  # in its stead, of a work in place
     share_of_gemm: float | None = None
     share_of_exp: float | None = None
     peers: dict[str, dict[str, float]] = field(default_factory=dict)  # of ours: each peer's median and ratio
@@ -87,6 +87,7 @@ class Outcome:
     results: list[Result] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    update_gb_s: float | None = None  # of a work in place: what an addition in place reached in the same rounds
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -132,50 +133,7 @@ def check(output: object, plain: object, exact: Sequence[Tensor], factor: float)
             raise Wrong(f"output {number}: error {ours[number]:.3g} against float64, allowed {allowed:.3g}")
 
 
-# --------------------------------------------------------------------------------------------------------------- clocks
-
-
-class HostClock:
-    """Seconds of a call by the host's clock, the mean of `calls` of them where one is too short."""
-
-    def __init__(self, calls: int = 1) -> None:
-        self.calls = calls
-
-    def __call__(self, call: Call) -> float:
-        start = time.perf_counter()
-        for _ in range(self.calls):
-            call()
-        return (time.perf_counter() - start) / self.calls
-
-
-class LaunchClock(HostClock):
-    """Host seconds until a call has queued its work on an idle GPU: what it costs a step that launches bound."""
-
-    def __call__(self, call: Call) -> float:
-        torch.cuda.synchronize()
-        return super().__call__(call)
-
-
-class DeviceClock:
-    """Seconds of a call on the GPU, between two events, with none of its data in the L2 cache and the host ahead."""
-
-    def __init__(self) -> None:
-        level2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.buffer = torch.ones(max(4 * level2, EMPTYING) // 4, device="cuda")
-        self.passes = 0
-        for _ in range(3):
-            once = self(self.buffer.sum)
-        self.passes = 1 + int(HOST_AHEAD / once)
-
-    def __call__(self, call: Call) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for _ in range(self.passes):
-            self.buffer.sum()  # reading leaves nothing to be written back while the call runs
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+# ---------------------------------------------------------------------------------------------------------------- turns
 
 
 def peak_memory(call: Call) -> int:
@@ -209,10 +167,20 @@ def take_turns(contenders: Iterable[Contender], clock: Clock, rounds: int) -> di
 # ---------------------------------------------------------------------------------------------------------- competition
 
 
-def compiled(function: Callable[..., object]) -> Callable[..., object]:
-    """torch.compile of a peer for these shapes alone, as its users would at best have it."""
+def compiled(function: Callable[..., object], dynamic: bool = False) -> Callable[..., object]:
+    """torch.compile of a peer for these shapes alone, as its users would at best have it, or for all if `dynamic`."""
     torch._dynamo.reset()  # its cache belongs to the code of `function`, which other works may have filled
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+
+def streaming(device: torch.device) -> tuple[Contender, int]:
+    """An addition in place over arrays far beyond the caches, and the bytes that it moves.
+
+    A processor reads a line before it writes to it, so that a plain copy moves half as much again as it counts, and an
+    update in place does not. It takes turns with the contenders: what memory gives changes from minute to minute.
+    """
+    target, source = (torch.randn(1 << (28 if device.type == "cuda" else 25), device=device) for _ in range(2))
+    return Contender(STREAM, lambda: target.add_(source, alpha=0.5)), 3 * target.nbytes
 
 
 def ours(op: str, device: torch.device, call: Call) -> list[Contender]:
@@ -268,7 +236,10 @@ def compete(
             no_compiler = contender.name.startswith(COMPILED) and not isinstance(error, Wrong)
             cannot = no_compiler or f"the backend {contender.backend} cannot serve" in sentence
             (outcome.left_out if cannot else outcome.failed)[contender.name] = sentence
-    times = take_turns(passed, clock, rounds)
+    stream, streamed = streaming(device) if work.in_place and rounds else (None, 0)
+    times = take_turns([*passed, *([stream] if stream else [])], clock, rounds)
+    if stream:
+        outcome.update_gb_s = streamed / statistics.median(times[STREAM]) / GIGA
     for contender in passed:
         measured = times[contender.name]
         if not measured:
@@ -289,6 +260,8 @@ def _compare(outcome: Outcome) -> None:
     for result in outcome.results:
         if outcome.work.bytes_moved:
             result.gb_s = outcome.work.bytes_moved / result.median / GIGA
+            if outcome.update_gb_s:
+                result.share_of_update = result.gb_s / outcome.update_gb_s
         if outcome.work.flop:
             result.tflop_s = outcome.work.flop / result.median / TERA
         if result.backend is not None and best is not None:

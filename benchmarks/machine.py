@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .harness import GIGA, TERA, Call, Clock, Contender, Outcome, dtype_name, take_turns
+from .clocks import Call, Clock
+from .harness import GIGA, TERA, Contender, Outcome, dtype_name, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPS = 16  # of all architectures from sm_80 to sm_120
@@ -33,7 +34,7 @@ class Ceilings:
         """Write into the results what share of the ceilings they reach."""
         gemm = self.gemm_tflop_s.get(outcome.work.dtype)
         for result in outcome.results:
-            if result.gb_s is not None:
+            if result.gb_s is not None and not outcome.work.in_place:
                 result.share_of_copy = result.gb_s / self.copy_gb_s
             if result.tflop_s is not None and gemm is not None:
                 result.share_of_gemm = result.tflop_s / gemm
@@ -82,6 +83,18 @@ def machine(device: torch.device) -> dict[str, str | None]:
         "commit": commit + ("+" if changed else "") if commit else os.environ.get("COMMIT"),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def available_memory() -> int:
+    """Bytes that a process may still take: what Linux holds available, elsewhere all there is; a container's limit."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    known = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    amounts = known or [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit, taken = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and taken.exists() and limit.read_text().strip() != "max":
+        amounts.append(int(limit.read_text()) - int(taken.read_text()))
+    return min(amounts)
 
 
 def _triton_version() -> str | None:

@@ -72,6 +72,14 @@ def best_peer(work: Work) -> Result | None:
     return min((row for row in work["results"] if row["backend"] is None), key=lambda row: row["median"], default=None)
 
 
+def also(work: Work) -> float | None:
+    """Our ratio to the peer that the work wants named besides the best, where it is another."""
+    peer, rows, name = best_peer(work), ours(work), work.get("also")
+    if not rows or peer is None or name == peer["contender"]:
+        return None
+    return rows[0]["peers"].get(name, {}).get("ratio")
+
+
 # ---------------------------------------------------------------------------------------------------------------- words
 
 
@@ -93,7 +101,9 @@ def times(ratio: float | None) -> str:
 
 def rate(row: Result) -> str:
     """The figure that is nearer to its ceiling, and its share of it."""
-    copy, gemm, exp = (row.get(f"share_of_{ceiling}") or 0.0 for ceiling in ("copy", "gemm", "exp"))
+    copy, update, gemm, exp = (row.get(f"share_of_{ceiling}") or 0.0 for ceiling in ("copy", "update", "gemm", "exp"))
+    if update > gemm:
+        return f"{_digits(row['gb_s'])} GB/s ({update:.0%} of an update)"
     if not copy and not gemm:
         return ""
     if exp > max(copy, gemm):
@@ -134,6 +144,7 @@ def lines(about: dict[str, Any], works: Sequence[Work]) -> Iterator[str]:
         ratios = "  ".join(f"{row['backend']} {times(row['ratio'])}" for row in rows)
         figure = f"{ratios} | {duration(rows[0]['median'])} {rate(rows[0])}" if rows else "not timed"
         beside = f" | {peer['contender']} {duration(peer['median'])}" if rows and peer else ""
+        beside += f" | {work['also']} {times(also(work))}" if also(work) else ""
         yield f"{work['op']}: {title(work)}: {figure}{beside}"
         for word, sentences in (("FAILED", work["failed"]), ("left out", work["left_out"])):
             for name, sentence in sentences.items():
@@ -177,22 +188,29 @@ def _markdown_row(work: Work) -> str:
         return f"| {work['op']} | {title(work)} | failed: {', '.join(work['failed'])} | | | | | |"
     default = rows[0]
     beside = sorted(default["peers"].items(), key=lambda item: item[1]["ratio"])
-    others = [f"{name} {times(entry['ratio'])}" for name, entry in beside if name != peer["contender"]]
+    named_already = {peer["contender"], work.get("also")}
+    others = [f"{name} {times(entry['ratio'])}" for name, entry in beside if name not in named_already]
     others += [f"{name}: {'failed' if name in work['failed'] else 'left out'}" for name in _missing(work, ours=False)]
     named = [f"{row['backend']} {times(row['ratio'])}" for row in rows[1:]]
     named += [f"{name}: {'failed' if name in work['failed'] else 'left out'}" for name in _missing(work, ours=True)]
-    ratio = times(default["ratio"])
+    ratio = _bold(default["ratio"])
+    if also(work):
+        ratio += f"; {work['also']} {_bold(also(work))}"
     cells = (
         work["op"],
         title(work),
         f"{duration(default['median'])} ({default['served_by']})",
         rate(default),
         f"{peer['contender']}, {duration(peer['median'])}",
-        f"**{ratio}**" if default["ratio"] >= 1 else ratio,
+        ratio,
         ", ".join(others),
         ", ".join(named),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _bold(ratio: float) -> str:
+    return f"**{times(ratio)}**" if ratio >= 1 else times(ratio)
 
 
 def _missing(work: Work, ours: bool) -> list[str]:

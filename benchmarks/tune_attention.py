@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_attention import HEADS, lengths_of  # the folder is no installed package
-from benchmarks.harness import DeviceClock
+from benchmarks.clocks import DeviceClock
 from benchmarks.workloads import LONG, SHORT
 
 CLIPS = 24

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +42,9 @@ WRONG = ', "wrong": lambda: x[0, rows] * 1.001, "nan": lambda: x[0, rows] / 0 * 
 
 @pytest.fixture
 def modules(monkeypatch):
-    """harness, machine and report, imported as the package that they are."""
+    """clocks, harness, machine and report, imported as the package that they are."""
     monkeypatch.syspath_prepend(str(ROOT))
-    names = ("harness", "machine", "report")
+    names = ("clocks", "harness", "machine", "report")
     return SimpleNamespace(**{name: importlib.import_module(f"benchmarks.{name}") for name in names})
 
 
@@ -51,7 +52,7 @@ def run_bench(folder: Path, extra: str, *options: str) -> tuple[subprocess.Compl
     """A benchmark of its own beside the real harness; what it printed and the JSON it wrote."""
     package = folder / "benchmarks"
     package.mkdir()
-    for name in ("__init__", "conftest", "harness", "machine", "report"):
+    for name in ("__init__", "clocks", "conftest", "harness", "machine", "report"):
         (package / f"{name}.py").write_text((ROOT / "benchmarks" / f"{name}.py").read_text())
     (package / "bench_gather.py").write_text(BENCH.replace("EXTRA", extra))
     (folder / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n")
@@ -163,12 +164,58 @@ def test_the_clock_of_a_gpu_reads_events_and_empties_the_cache(modules, monkeypa
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=1 << 27))
     monkeypatch.setattr(torch, "ones", lambda size, device: sizes.append(4 * size) or buffer)
-    clock = modules.harness.DeviceClock()
+    clock = modules.clocks.DeviceClock()
     assert sizes == [1 << 29]  # four times the cache
     assert clock.passes == 5  # 1 ms at 0.25 ms each, and one
     log.clear()
     assert clock(lambda: log.append("call")) == pytest.approx(0.25e-3)
     assert log == ["read"] * 5 + ["record", "call", "record", "wait"]
+
+
+def test_a_work_in_place_is_held_against_an_addition_that_takes_its_turns(modules, monkeypatch):
+    """With a clock that says 2 ms of the addition and 1 ms of the contenders, and a small addition."""
+    harness, called = modules.harness, []
+    stream = harness.Contender(harness.STREAM, lambda: called.append("stream"))
+    monkeypatch.setattr(harness, "streaming", lambda device: (stream, 4_000_000))
+    contenders = [harness.Contender("vjepa (auto)", lambda: called.append("ours"), "auto"), harness.Contender("a", int)]
+    work = harness.Work("op", "name", "float32", {}, bytes_moved=1_000_000, in_place=True)
+
+    def clock(call):
+        call()
+        return 2e-3 if called[-1:] == ["stream"] and call is stream.call else 1e-3
+
+    def compete(work, rounds):
+        outcome = harness.compete(work, contenders, lambda call, factor: None, clock, torch.device("cpu"), rounds)
+        modules.machine.Ceilings(10.0, {}).set_shares(outcome)
+        return outcome
+
+    outcome = compete(work, 4)
+    assert called.count("stream") == called.count("ours") == 4
+    assert [row.contender for row in outcome.results] == ["vjepa (auto)", "a"]
+    assert outcome.update_gb_s == pytest.approx(2.0)
+    assert outcome.results[0].share_of_update == pytest.approx(0.5)
+    assert outcome.results[0].share_of_copy is None
+    assert compete(work, 0).update_gb_s is None
+    assert called.count("stream") == 4
+
+    copying = compete(replace(work, in_place=False), 4)
+    assert called.count("stream") == 4
+    assert (copying.results[0].share_of_copy, copying.results[0].share_of_update) == (pytest.approx(0.1), None)
+
+
+def test_the_addition_in_place_counts_what_it_moves(modules):
+    stream, moved = modules.harness.streaming(torch.device("cpu"))
+    target, source = (cell.cell_contents for cell in sorted_cells(stream.call))
+    before = target[:5].clone()
+    stream.call()
+    assert torch.equal(target[:5], before.add(source[:5], alpha=0.5))
+    assert moved == 12 * target.numel() >= 3 * 2**27  # two arrays read and one written, of 128 MiB each
+
+
+def sorted_cells(function):
+    """The closure of `function` with the cell of the variable `target` first."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+    return cells["target"], cells["source"]
 
 
 def entry(contender, median, backend=None, served_by=None, **more):
@@ -231,6 +278,24 @@ def test_the_terminal_table(results):
     ]
     assert "Some CPU" not in report(results, "--kind", "cuda").stdout
     assert "holds no results" in report(results / "nowhere").stderr
+
+
+def test_a_peer_that_a_work_names_is_shown_beside_the_best(modules, results):
+    """As are shares of an update in place; results from before there were such fields are read as they are."""
+    path = results / "gather-nvidia-x1.json"
+    content = json.loads(path.read_text())
+    (work,) = content["works"]
+    work["also"] = "slow"
+    work["results"][0] |= {"share_of_copy": None, "share_of_update": 0.8}
+    path.write_text(json.dumps(content))
+    assert "2.00 ms 1000 GB/s (80% of an update) | fast 1.00 ms | slow 2.00x" in report(results).stdout
+    readme = results / "README.md"
+    readme.write_text("<!-- benchmarks -->\n<!-- /benchmarks -->\n")
+    assert report(results, "--readme", readme).returncode == 0
+    row = "| 1000 GB/s (80% of an update) | fast, 1.00 ms | 0.50x; slow **2.00x** | torch.compile of it: left out |"
+    assert row in readme.read_text()
+    for name, ratio in (("slow", 2.0), ("fast", None), ("torch.compile of it", None), (None, None)):
+        assert modules.report.also({**work, "also": name}) == ratio
 
 
 def test_the_readme_is_written_between_its_markers_and_again(results):
