@@ -27,12 +27,12 @@ HYPER = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY}
 ROUNDING = 1e-6  # relative and absolute, of sums of a few terms that were rounded in another order
 FLOP = 17
 BEST = "AdamW(fused) + foreach"
-NEEDED = 14e9  # bytes of a ViT-L with the moments of three contenders: 40 for each of its parameters, and temporaries
+NEEDED = 14e9  # bytes of a ViT-L, which has 24 for each parameter, if an optimizer copies the moments, and temporaries
 SAMPLED = 17  # of a ViT-L each so many-th element is checked: all of them in float64 would be as large again
 
 
 class Network:
-    """Parameters with gradients and their shadows, and of ours the optimizer and its copies; all contenders share them.
+    """Parameters with gradients, shadows, moments, and our optimizer with its copies; all contenders share the tensors.
 
     With `clip`, gradients are to be multiplied by the scalar `factor`. Of each tensor every `every`-th element is checked.
     """
@@ -52,20 +52,28 @@ class Network:
         self.weights = [param.detach() for param in self.params]
         self.factor = torch.ones((), device=device) if clip else None
         self.every = every
+        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
         dtype = torch.bfloat16 if copies else None
-        self.ours = AdamWEMA(self.params, self.shadows, **HYPER, momentum=MOMENTUM, copies=dtype)
+        self.ours = self.started(AdamWEMA(self.params, self.shadows, **HYPER, momentum=MOMENTUM, copies=dtype))
         self.pairs = (self.weights, self.shadows)
         self.copies = [self.ours.param_copies, self.ours.shadow_copies] if copies else []
         self.numel = sum(weight.numel() for weight in self.weights)
         features = [model, f"{self.numel / 1e6:.0f} M parameters"]
         self.name = ", ".join(features + ["bf16 copies"] * copies + ["with clipping"] * clip)
 
+    def started(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """`optimizer` with the moments of the network, which loading does not copy."""
+        moments = enumerate(zip(self.exp_avgs, self.exp_avg_sqs, strict=True))
+        state = {i: {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second} for i, (first, second) in moments}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return optimizer
+
     def sample(self, tensor: Tensor) -> Tensor:
         return tensor.detach().view(-1)[:: self.every]
 
 
 class Step:
-    """One way to take a step: an optimizer with moments of its own, and what is to be done before and after it."""
+    """One way to take a step: what is done in it, one after the other, and who has the number of steps in its `state`."""
 
     def __init__(self, network: Network, optimizer: object, *calls: Callable[[], object]) -> None:
         self.network, self.optimizer, self.calls = network, optimizer, calls
@@ -93,7 +101,7 @@ def loop(network: Network) -> None:
 
 
 def adamw(network: Network, after: Callable[[Network], None], **options: bool) -> Step:
-    optimizer = torch.optim.AdamW(network.params, **HYPER, **options)
+    optimizer = network.started(torch.optim.AdamW(network.params, **HYPER, **options))
     return Step(network, optimizer, optimizer.step, partial(after, network))
 
 
@@ -121,44 +129,50 @@ def one_tensor(param, grad, first, second, shadow, copies, rate, correction) -> 
 
 
 class ByHand:
-    """AdamW's moments in `state`, as torch.optim.AdamW has them, and two ways to step without an optimizer."""
+    """Two ways to step without an optimizer; `state` as torch.optim.AdamW has it."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.number = network, torch.zeros((), device=network.weights[0].device)
-        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(weight) for weight in network.weights] for _ in range(2))
-        self.state = {
-            param: {"step": self.number, "exp_avg": first, "exp_avg_sq": second}
-            for param, first, second in zip(network.params, self.exp_avgs, self.exp_avg_sqs, strict=True)
-        }
-        self.steps = 0
+        self.network, self.number = network, torch.zeros(())
+        moments = zip(network.params, network.exp_avgs, network.exp_avg_sqs, strict=True)
+        self.state = {p: {"step": self.number, "exp_avg": first, "exp_avg_sq": second} for p, first, second in moments}
+
+    def corrections(self) -> tuple[float, float]:
+        """What the learning rate and the root of the second moment are divided by in the step that begins."""
+        number = int(self.number.add_(1))
+        return 1 - BETA1**number, (1 - BETA2**number) ** 0.5
 
     def foreach(self) -> None:
         """Passes over all tensors, in the order of apex's FusedAdamSWA: AdamW, the average, the copies."""
-        params, grads, firsts, seconds = self.network.weights, self.network.grads, self.exp_avgs, self.exp_avg_sqs
-        self.number.add_(1)
-        self.steps += 1
-        correction1, correction2 = 1 - BETA1**self.steps, 1 - BETA2**self.steps
+        network, (correction1, correction2) = self.network, self.corrections()
+        params, grads, seconds = network.weights, network.grads, network.exp_avg_sqs
         torch._foreach_mul_(params, 1 - LR * DECAY)
-        torch._foreach_lerp_(firsts, grads, 1 - BETA1)
+        torch._foreach_lerp_(network.exp_avgs, grads, 1 - BETA1)
         torch._foreach_mul_(seconds, BETA2)
         torch._foreach_addcmul_(seconds, grads, grads, 1 - BETA2)
         roots = torch._foreach_sqrt(seconds)
-        torch._foreach_div_(roots, correction2**0.5)
+        torch._foreach_div_(roots, correction2)
         torch._foreach_add_(roots, EPS)
-        torch._foreach_addcdiv_(params, firsts, roots, -LR / correction1)
-        foreach(self.network)
+        torch._foreach_addcdiv_(params, network.exp_avgs, roots, -LR / correction1)
+        foreach(network)
 
     def each(self) -> Callable[[], None]:
         """Calls one compiled function, of any number of elements, for each tensor."""
         function, network = compiled(one_tensor, dynamic=True), self.network
-        lists = (network.weights, network.grads, self.exp_avgs, self.exp_avg_sqs, network.shadows, *network.copies)
+        lists = (
+            network.weights,
+            network.grads,
+            network.exp_avgs,
+            network.exp_avg_sqs,
+            network.shadows,
+            *network.copies,
+        )
         flat = [[tensor.view(-1) for tensor in tensors] for tensors in lists]
 
         def step() -> None:
-            number = self.number.add_(1).double()
-            rate, correction = (LR / (1 - BETA1**number)).float(), (1 - BETA2**number).sqrt().float()
+            correction1, correction2 = self.corrections()
+            scalars = [torch.full((), x, device=network.weights[0].device) for x in (LR / correction1, correction2)]
             for param, grad, first, second, shadow, *copies in zip(*flat, strict=True):
-                function(param, grad, first, second, shadow, copies, rate, correction)
+                function(param, grad, first, second, shadow, copies, *scalars)
 
         return step
 
@@ -205,9 +219,9 @@ def verify(step: Step, factor: float) -> None:
     for param, shadow in zip(network.params, network.shadows, strict=True):
         p, g, s = sample(param).double(), share * sample(param.grad).double(), sample(shadow).double()
         state = step.optimizer.state[param]
-        number = float(state["step"]) + 1 if state else 1.0
-        a, q = (sample(state[name]).double() if state else 0 * g for name in ("exp_avg", "exp_avg_sq"))
-        a, q = BETA1 * a + (1 - BETA1) * g, BETA2 * q + (1 - BETA2) * g**2
+        number = float(state["step"]) + 1
+        a = BETA1 * sample(state["exp_avg"]).double() + (1 - BETA1) * g
+        q = BETA2 * sample(state["exp_avg_sq"]).double() + (1 - BETA2) * g**2
         root = (q / (1 - BETA2**number)).sqrt() + EPS
         p = p * (1 - LR * DECAY) - LR / (1 - BETA1**number) * a / root
         for values, value in zip(expected, (p, MOMENTUM * s + (1 - MOMENTUM) * p, a, q), strict=True):

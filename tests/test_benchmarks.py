@@ -172,17 +172,18 @@ def test_the_clock_of_a_gpu_reads_events_and_empties_the_cache(modules, monkeypa
     assert log == ["read"] * 5 + ["record", "call", "record", "wait"]
 
 
-def test_a_work_in_place_is_held_against_an_addition_that_takes_its_turns(modules, monkeypatch):
-    """With a clock that says 2 ms of the addition and 1 ms of the contenders, and a small addition."""
+def test_a_work_in_place_is_held_against_the_faster_update_that_takes_its_turns(modules, monkeypatch):
+    """With a clock that says 2 ms of the updates and 1 ms of the contenders."""
     harness, called = modules.harness, []
-    stream = harness.Contender(harness.STREAM, lambda: called.append("stream"))
-    monkeypatch.setattr(harness, "streaming", lambda device: (stream, 4_000_000))
+    stream = harness.Contender("4 MB", lambda: called.append("stream"))
+    streams = {stream: 4_000_000, harness.Contender("3 MB", stream.call): 3_000_000}
+    monkeypatch.setattr(harness, "streaming", lambda device: streams)
     contenders = [harness.Contender("vjepa (auto)", lambda: called.append("ours"), "auto"), harness.Contender("a", int)]
     work = harness.Work("op", "name", "float32", {}, bytes_moved=1_000_000, in_place=True)
 
     def clock(call):
         call()
-        return 2e-3 if called[-1:] == ["stream"] and call is stream.call else 1e-3
+        return 2e-3 if call is stream.call else 1e-3
 
     def compete(work, rounds):
         outcome = harness.compete(work, contenders, lambda call, factor: None, clock, torch.device("cpu"), rounds)
@@ -190,32 +191,30 @@ def test_a_work_in_place_is_held_against_an_addition_that_takes_its_turns(module
         return outcome
 
     outcome = compete(work, 4)
-    assert called.count("stream") == called.count("ours") == 4
+    assert called.count("stream") == 2 * called.count("ours") == 8
     assert [row.contender for row in outcome.results] == ["vjepa (auto)", "a"]
     assert outcome.update_gb_s == pytest.approx(2.0)
     assert outcome.results[0].share_of_update == pytest.approx(0.5)
     assert outcome.results[0].share_of_copy is None
     assert compete(work, 0).update_gb_s is None
-    assert called.count("stream") == 4
+    assert called.count("stream") == 8
 
     copying = compete(replace(work, in_place=False), 4)
-    assert called.count("stream") == 4
+    assert called.count("stream") == 8
     assert (copying.results[0].share_of_copy, copying.results[0].share_of_update) == (pytest.approx(0.1), None)
 
 
-def test_the_addition_in_place_counts_what_it_moves(modules):
-    stream, moved = modules.harness.streaming(torch.device("cpu"))
-    target, source = (cell.cell_contents for cell in sorted_cells(stream.call))
-    before = target[:5].clone()
-    stream.call()
-    assert torch.equal(target[:5], before.add(source[:5], alpha=0.5))
-    assert moved == 12 * target.numel() >= 3 * 2**27  # two arrays read and one written, of 128 MiB each
-
-
-def sorted_cells(function):
-    """The closure of `function` with the cell of the variable `target` first."""
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-    return cells["target"], cells["source"]
+def test_the_updates_in_place_count_what_they_move(modules):
+    """Two arrays of 128 MiB read and one written, and one read and written."""
+    streams = {
+        stream.name: (stream.call, moved) for stream, moved in modules.harness.streaming(torch.device("cpu")).items()
+    }
+    target = streams["scaling in place"][0]()
+    before = target[:9].clone()
+    assert streams["scaling in place"][0]() is streams["addition in place"][0]() is target
+    assert not torch.equal(target[:9], -0.999 * before)
+    assert target.nbytes == 2**27
+    assert (streams["addition in place"][1], streams["scaling in place"][1]) == (3 * 2**27, 2 * 2**27)
 
 
 def entry(contender, median, backend=None, served_by=None, **more):
