@@ -93,7 +93,7 @@ $(GPU_STAGED)/.stamp: $(NATIVE) $(shell find kernels vjepa -name '*.py')
 # The native tests with a library that checks every access and every operation; GCC or Clang on Linux.
 SANITIZED := build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
-SANITIZED_TESTS := $(wildcard $(CURDIR)/tests/packaging/test_native*.py) $(CURDIR)/tests/kernels/test_cpu_tokens.py
+SANITIZED_TESTS := $(wildcard $(CURDIR)/tests/packaging/test_native*.py) $(addprefix $(CURDIR)/tests/kernels/test_,cpu_tokens.py ema_kept.py optimizer_kept.py adamw_operator.py gradient_norm.py)
 sanitizers = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
 sanitize: $(STAMP)-test

@@ -111,12 +111,14 @@ VJEPA_API const char *vjepa_cuda_error(void);
  * whole process; a child made by fork must set null, because no threads live on there. */
 VJEPA_API int32_t vjepa_set_team(void *gomp_parallel);
 
-/* target <- momentum * target + (1 - momentum) * source, in float32, for `count` tensors in host memory; the new
- * targets, rounded to nearest even, also go to the copies. The result does not depend on `threads` (>= 1). */
-VJEPA_API int32_t vjepa_ema_cpu(const vjepa_ema_tensor *tensors, int64_t count, double momentum, int32_t threads);
-
-/* Whether vjepa_ema_cuda can update these tensors, `tensors` itself in host memory: what it cannot see for itself. */
+/* Whether tensors can be updated as they are, of a table in host memory that may speak of another memory: what the
+ * functions below cannot see for themselves, or would have to look for at each update. */
 VJEPA_API int32_t vjepa_ema_check(const vjepa_ema_tensor *tensors, int64_t count);
+
+/* target <- momentum * target + (1 - momentum) * source, in float32, for `count` tensors in host memory, which were
+ * checked; the new targets, rounded to nearest even, also go to the copies. The result does not depend on `threads`
+ * (>= 1). */
+VJEPA_API int32_t vjepa_ema_cpu(const vjepa_ema_tensor *tensors, int64_t count, double momentum, int32_t threads);
 
 /* The same update on a GPU, in one launch: `tensors`, which were checked, and the grid's first_chunks lie in the memory
  * of CUDA device `device`, as do all tensors; `stream` is a cudaStream_t. If `momentum_on_device` is not null, the
@@ -136,15 +138,15 @@ VJEPA_API int32_t vjepa_write_cuda(int64_t *to, const int64_t *from, int64_t cou
 /* What vjepa_write_cuda does, executed on the host. For tests. */
 VJEPA_API int32_t vjepa_write_cuda_on_host(int64_t *to, const int64_t *from, int64_t count);
 
-/* AdamW, moving average and copies of `count` parameters in host memory, in one pass; csrc/include/vjepa/adamw.h says
- * what is computed. `scalars` may be null. The tensors' own steps are counted unless found_inf is set. The result does
- * not depend on `threads` (>= 1). */
+/* vjepa_ema_check for parameters. */
+VJEPA_API int32_t vjepa_adamw_check(const vjepa_adamw_tensor *tensors, int64_t count);
+
+/* AdamW, moving average and copies of `count` parameters in host memory, which were checked, in one pass;
+ * csrc/include/vjepa/adamw.h says what is computed. `scalars` may be null. The tensors' own steps are counted unless
+ * found_inf is set. The result does not depend on `threads` (>= 1). */
 VJEPA_API int32_t vjepa_adamw_cpu(const vjepa_adamw_tensor *tensors, int64_t count, const vjepa_adamw_group *groups,
                                   int64_t num_groups, const vjepa_adamw_scalars *scalars, double momentum,
                                   int32_t threads);
-
-/* vjepa_ema_check for parameters of `num_groups` groups. */
-VJEPA_API int32_t vjepa_adamw_check(const vjepa_adamw_tensor *tensors, int64_t count, int64_t num_groups);
 
 /* The same step on a GPU, in one launch: `tensors`, which were checked, and the grid's first_chunks lie in the memory
  * of CUDA device `device`, as does all that they, `scalars` and the groups point to; `groups` (at most

@@ -150,7 +150,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "vjepa_ema_cuda": (i32, [pointer, grid, f64, pointer, i32, pointer]),
         "vjepa_ema_cuda_on_host": (i32, [pointer, grid, f64, pointer]),
         "vjepa_adamw_cpu": (i32, [params, i64, groups, i64, scalars, f64, i32]),
-        "vjepa_adamw_check": (i32, [params, i64, i64]),
+        "vjepa_adamw_check": (i32, [params, i64]),
         "vjepa_adamw_cuda": (i32, [pointer, grid, groups, i64, scalars, f64, i32, pointer]),
         "vjepa_adamw_cuda_on_host": (i32, [pointer, grid, groups, i64, scalars, f64]),
         "vjepa_write_cuda": (i32, [pointer, pointer, i64, i32, pointer]),

@@ -28,7 +28,6 @@ from ._native_launch import DeviceTable
 
 CHUNK_ELEMENTS = 1 << 14  # per CUDA block: 0.65 MB of traffic, a thousand blocks for the smallest ViT
 MAXIMUM_GROUPS = 32  # VJEPA_MAXIMUM_GROUPS of csrc/capi.h
-ANY_GROUP = 1 << 62  # a table is checked before it is known which groups there are
 COLUMNS = [field[0] for field in AdamWEntry._fields_]
 
 
@@ -79,7 +78,7 @@ class Step:
         """Take these gradients for the next step."""
         self.set_column("grad", list(addresses(grads)))
         self.set_column("grad_dtype", codes_of(grads))
-        status = library().vjepa_adamw_check(table_of(AdamWEntry, self.words), len(self.lists.params), ANY_GROUP)
+        status = library().vjepa_adamw_check(table_of(AdamWEntry, self.words), len(self.lists.params))
         if status == STATUS_OVERLAP:
             check_adamw_apart(self.lists._replace(grads=grads))
         check(status)

@@ -148,7 +148,7 @@ class Kept:
         self._seen = self._look()
 
     def _look(self) -> list[list[object]]:
-        properties = (type, dtype_of, Tensor.numel, Tensor.is_contiguous)
+        properties = (dtype_of, Tensor.numel, Tensor.is_contiguous)
         return [list(map(Tensor.data_ptr, self._all)), *(list(map(one, self._whole)) for one in properties)]
 
     def holds(self) -> bool:

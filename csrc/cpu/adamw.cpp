@@ -36,7 +36,7 @@ void adamw_piece(const vjepa_adamw_tensor &tensor, int64_t begin, int64_t end, c
 
 using namespace vjepa;
 
-extern "C" int32_t vjepa_adamw_check(const vjepa_adamw_tensor *tensors, int64_t count, int64_t num_groups) {
+extern "C" int32_t vjepa_adamw_check(const vjepa_adamw_tensor *tensors, int64_t count) {
   if (count < 0) return VJEPA_ERROR_NEGATIVE_SIZE;
   if (count > 0 && !tensors) return VJEPA_ERROR_NULL_POINTER;
   Spans spans;
@@ -44,7 +44,6 @@ extern "C" int32_t vjepa_adamw_check(const vjepa_adamw_tensor *tensors, int64_t 
     const vjepa_adamw_tensor &tensor = tensors[k];
     const bool has_copy = tensor.copy_dtype != VJEPA_NONE;
     if (!is_float_dtype(tensor.grad_dtype) || (has_copy && !is_copy_dtype(tensor.copy_dtype))) return VJEPA_ERROR_DTYPE;
-    if (tensor.group < 0 || tensor.group >= num_groups) return VJEPA_ERROR_GROUP;
     spans.add(tensor.param, tensor.numel, sizeof(float), true);
     if (tensor.grad) {
       spans.add(tensor.grad, tensor.numel, dtype_bytes(tensor.grad_dtype), false);
@@ -64,8 +63,8 @@ extern "C" int32_t vjepa_adamw_cpu(const vjepa_adamw_tensor *tensors, int64_t co
   const vjepa_adamw_scalars scalars = given ? *given : vjepa_adamw_scalars{};
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (const int32_t status = adamw_check_groups(groups, num_groups, scalars, momentum)) return status;
-  if (const int32_t status = vjepa_adamw_check(tensors, count, num_groups)) return status;
   for (int64_t k = 0; k < count; ++k) {
+    if (tensors[k].group < 0 || tensors[k].group >= num_groups) return VJEPA_ERROR_GROUP;
     const float *step = tensors[k].step;
     if (step && !(*step >= 0.0f && *step < kMaximumStep)) return VJEPA_ERROR_GROUP;
   }

@@ -34,7 +34,6 @@ extern "C" int32_t vjepa_ema_check(const vjepa_ema_tensor *tensors, int64_t coun
 extern "C" int32_t vjepa_ema_cpu(const vjepa_ema_tensor *tensors, int64_t count, double momentum, int32_t threads) {
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (const int32_t status = check_momentum(momentum)) return status;
-  if (const int32_t status = vjepa_ema_check(tensors, count)) return status;
   const EmaStep step = ema_step(momentum);
   const bool streamed = total_numel(tensors, count) >= kStreamed;
   parallel_for_tensors(tensors, count, kMinimumPerPiece, threads, [&](int64_t k, int64_t begin, int64_t end) {
