@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,52 +39,49 @@ def words(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence
     )
 
 
-def check_table(
-    table: ctypes.Array[EMAEntry], targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]
-) -> None:
-    """Raise unless the library can walk the table."""
-    status = library().vjepa_ema_check(table, len(table))
-    if status == STATUS_OVERLAP:
-        check_apart({"targets": targets, "copies": copies}, {"sources": sources})
-    check(status)
+class Update:
+    """update(momentum): t <- momentum * t + (1 - momentum) * s, in place, for all tensors in one pass.
 
-
-def prepare_cpu(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] = (), threads: int | None = None
-) -> Callable[[float], None]:
-    """update(momentum): t <- momentum * t + (1 - momentum) * s, in place, for all tensors in one threaded pass.
-
-    targets: float32 CPU tensors. sources: of the same shapes, float32, bfloat16 or float16. copies: none or as many,
-    bfloat16 or float16; they receive the new targets rounded to nearest even, in the same pass. All checked, walkable,
-    and to be kept as they are for as long as `update` is called. threads: at most so many (default:
-    `torch.get_num_threads()`); the result does not depend on it.
-    Raises ValueError here on tensors that share memory with one that is written, NativeError in `update` on a momentum
+    targets: float32. sources: of the same shapes, float32, bfloat16 or float16. copies: none or as many, bfloat16 or
+    float16; they receive the new targets rounded to nearest even, in the same pass. All checked and walkable, on one
+    device; they are held, and must keep memory, shape and dtype.
+    Raises ValueError if a tensor shares memory with one that is written, and NativeError in an update on a momentum
     outside [0, 1]; nothing is written then.
     """
-    kept = words(targets, sources, copies)
-    table = table_of(EMAEntry, kept)
-    check_table(table, targets, sources, copies)
 
-    def update(momentum: float) -> None:
-        workers = torch.get_num_threads() if threads is None else threads
-        check(library().vjepa_ema_cpu(table, len(table), momentum, workers))
+    def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] = ()) -> None:
+        self.tensors = targets, sources, copies
+        self.words = words(targets, sources, copies)
+        self.table = table_of(EMAEntry, self.words)
+        status = library().vjepa_ema_check(self.table, len(self.table))
+        if status == STATUS_OVERLAP:
+            check_apart({"targets": targets, "copies": copies}, {"sources": sources})
+        check(status)
 
-    return update
+
+class CPUUpdate(Update):
+    """In one threaded pass on the CPU; the result does not depend on the number of threads.
+
+    threads: at most so many (default: `torch.get_num_threads()`).
+    """
+
+    threads: int | None = None
+
+    def __call__(self, momentum: float) -> None:
+        threads = torch.get_num_threads() if self.threads is None else self.threads
+        check(library().vjepa_ema_cpu(self.table, len(self.table), momentum, threads))
 
 
-def prepare_cuda(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] = ()
-) -> Callable[[float | Tensor], None]:
-    """`prepare_cpu` for tensors of one CUDA device: one launch on its current stream; asynchronous.
+class CUDAUpdate(Update):
+    """In one launch on the current stream of a CUDA device; asynchronous.
 
     momentum: also a float64 scalar on that device, read when the launch runs, which a CUDA graph can replay.
     """
-    kept = words(targets, sources, copies)
-    check_table(table_of(EMAEntry, kept), targets, sources, copies)
-    on_device = DeviceTable(map(Tensor.numel, targets), CHUNK_ELEMENTS, targets[0].device)
 
-    def update(momentum: float | Tensor) -> None:
+    def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] = ()) -> None:
+        super().__init__(targets, sources, copies)
+        self.on_device = DeviceTable(map(Tensor.numel, targets), CHUNK_ELEMENTS, targets[0].device)
+
+    def __call__(self, momentum: float | Tensor) -> None:
         numbers = (0.0, momentum.data_ptr()) if isinstance(momentum, Tensor) else (momentum, None)
-        on_device.launch(kept, library().vjepa_ema_cuda, *numbers)
-
-    return update
+        self.on_device.launch(self.words, library().vjepa_ema_cuda, *numbers)

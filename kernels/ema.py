@@ -59,7 +59,7 @@ def _native_unfit(targets: list[Tensor], sources: list[Tensor], copies: list[Ten
     return _native.unwalkable({"targets": targets, "sources": sources, "copies": copies})
 
 
-_cpu, _cuda = _native_ema.prepare_cpu, _native_ema.prepare_cuda
+_cpu, _cuda = _native_ema.CPUUpdate, _native_ema.CUDAUpdate
 register(Row("ema_update_", "cpu", why_not=native_cpu_why_not, unfit=_native_unfit, prepare=_cpu))
 # not automatic before it has been measured against the reference on a GPU
 register(Row("ema_update_", "cuda", why_not=native_cuda_why_not, unfit=_native_unfit, automatic=False, prepare=_cuda))

@@ -82,7 +82,7 @@ def test_wheel_carries_a_working_library(built):
         assert record["cuda"] is None
     code = (
         "import torch; from vjepa.kernels import _native as n, _native_ema as e; t = torch.ones(3); "
-        "e.prepare_cpu([t], [torch.zeros(3)])(0.5); print(n.__file__, t.tolist(), n.build_info()['version'])"
+        "e.CPUUpdate([t], [torch.zeros(3)])(0.5); print(n.__file__, t.tolist(), n.build_info()['version'])"
     )
     # First on the path: the wheel's package must win over an editable install of the environment.
     done = subprocess.run(

@@ -40,7 +40,9 @@ def tensors(sizes, source_dtype, copy_dtype, shift=0):
 
 
 def update_on_cpu(targets, sources, momentum, copies=None, threads=None):
-    _native_ema.prepare_cpu(targets, sources, copies or (), threads)(momentum)
+    update = _native_ema.CPUUpdate(targets, sources, copies or ())
+    update.threads = threads
+    update(momentum)
 
 
 def grid_of(chunks, elements):
@@ -129,7 +131,8 @@ def test_a_forked_child_computes_with_threads_of_its_own():
 import os, torch
 from vjepa.kernels import _native_ema
 targets, sources = [torch.zeros(2**21)], [torch.ones(2**21)]
-update = _native_ema.prepare_cpu(targets, sources, threads=2)
+update = _native_ema.CPUUpdate(targets, sources)
+update.threads = 2
 update(0.5)
 child = os.fork()
 if child == 0:
@@ -384,7 +387,7 @@ def test_gpu_gives_the_bits_of_the_cpu(source_dtype, copy_dtype):
         targets, sources, copies = tensors(SIZES, source_dtype, copy_dtype, shift)
         on_gpu = [None if part is None else [t.cuda()[:] for t in part] for part in (targets, sources, copies)]
         update_on_cpu(targets, sources, MOMENTUM, copies)
-        _native_ema.prepare_cuda(on_gpu[0], on_gpu[1], on_gpu[2] or ())(MOMENTUM)
+        _native_ema.CUDAUpdate(on_gpu[0], on_gpu[1], on_gpu[2] or ())(MOMENTUM)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(targets, on_gpu[0], strict=True))
         if copies is not None:
             assert all(torch.equal(a, b.cpu()) for a, b in zip(copies, on_gpu[2], strict=True))
@@ -396,7 +399,7 @@ def test_a_cuda_graph_reads_the_momentum_anew():
     targets, sources, _ = tensors((1009, 3), torch.float32, None)
     targets, sources = [t.cuda() for t in targets], [s.cuda() for s in sources]
     momentum = torch.ones((), dtype=torch.float64, device="cuda")
-    update = _native_ema.prepare_cuda(targets, sources)
+    update = _native_ema.CUDAUpdate(targets, sources)
     for warm in (False, True):  # whether the table is on the device already
         if warm:
             update(momentum)
@@ -418,7 +421,7 @@ def test_a_cuda_graph_reads_the_momentum_anew():
 def test_a_table_is_written_again_on_another_stream():
     targets, sources, _ = tensors((1009, 3), torch.float32, None)
     on_gpu, sources_there = [t.cuda() for t in targets], [s.cuda() for s in sources]
-    update = _native_ema.prepare_cuda(on_gpu, sources_there)
+    update = _native_ema.CUDAUpdate(on_gpu, sources_there)
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
