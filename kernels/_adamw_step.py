@@ -39,13 +39,15 @@ def _unfit(lists: Lists) -> str | None:
 class _ReferenceStep:
     def __init__(self, lists: Lists) -> None:
         check_adamw_apart(lists)
-        self.lists = lists
+        self.lists = lists._replace(grads=[])
+        self.grads: list[Tensor] = []
 
     def load(self, grads: list[Tensor]) -> None:
-        self.lists = self.lists._replace(grads=grads)
+        self.grads = grads
 
     def run(self, numbers: Numbers) -> None:
-        reference.adamw_ema_(self.lists, numbers)
+        reference.adamw_ema_(self.lists._replace(grads=self.grads), numbers)
+        self.grads = []  # which others may want to free
 
 
 def _row(name: str, step: Callable[[Lists], Any], **options: Any) -> None:

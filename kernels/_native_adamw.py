@@ -65,7 +65,7 @@ class Step:
     """
 
     def __init__(self, lists: Lists) -> None:
-        self.lists = lists
+        self.lists = lists._replace(grads=[])  # which others may want to free
         self.words = words(lists)
         self._set: dict[str, list[int]] = {}
 

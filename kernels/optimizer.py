@@ -65,7 +65,7 @@ def _same(ones: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def _fixed(lists: Lists) -> Lists:
-    """All but the gradients, which come and go."""
+    """All but the gradients, which come and go and may be freed meanwhile."""
     return lists._replace(grads=[])
 
 
@@ -232,7 +232,7 @@ class AdamWEMA(torch.optim.Optimizer):
             kept is None
             or before is None
             or layouts != self._grad_layouts
-            or not all(map(_same, _fixed(lists), _fixed(before)))
+            or not all(map(_same, _fixed(lists), before))
             or not kept.holds()
         ):
             self._kept = None
@@ -246,7 +246,7 @@ class AdamWEMA(torch.optim.Optimizer):
             self._kept = kept = Kept(
                 run, [*lists.params, *lists.shadows], [*moments, *lists.param_copies, *lists.shadow_copies]
             )
-            self._lists, self._grad_layouts = lists, layouts
+            self._lists, self._grad_layouts = _fixed(lists), layouts
         return kept.run
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

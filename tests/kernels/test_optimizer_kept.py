@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -75,6 +77,16 @@ def test_once_for_many_steps_and_new_gradients(prepared):
         pair.step()
     pair.check()
     assert len(prepared) == 1
+
+
+def test_gradients_are_not_kept():
+    pair = Pair()
+    for _ in range(2):
+        pair.step()
+        seen = [weakref.ref(param.grad) for param in pair.ours]
+        pair.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        assert not any(reference() is not None for reference in seen)
 
 
 def test_parameters_with_a_gradient_now_and_then(prepared):
