@@ -16,7 +16,7 @@
 #endif
 
 #define VJEPA_ABI_VERSION 3
-#define VJEPA_MAXIMUM_GROUPS 32 /* of a CUDA launch: 2.25 KiB of the 4 KiB of a kernel's arguments */
+#define VJEPA_MAXIMUM_GROUPS 32 /* of a CUDA launch: 2 KiB of the 4 KiB of a kernel's arguments */
 
 #ifdef __cplusplus
 extern "C" {

@@ -9,11 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._apart import check_apart
 from ._checks import describe
-from ._tensor_lists import check_apart
+from ._native import COPY_DTYPES
 
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")
-COPIES = (torch.bfloat16, torch.float16)
+
+
+def nothing() -> Tensor:
+    """Stands for a tensor that a parameter lacks; not of the default device or dtype."""
+    return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class Lists(NamedTuple):
@@ -34,8 +39,8 @@ class Lists(NamedTuple):
 
     def places(self) -> Iterator[tuple[Tensor, ...]]:
         """For each parameter what belongs to it, in the order of the fields."""
-        nothing = torch.empty(0)
-        return zip(*(tensors or [nothing] * len(self.params) for tensors in self), strict=True)
+        lacking = [nothing()] * len(self.params)
+        return zip(*(tensors or lacking for tensors in self), strict=True)
 
 
 class Numbers(NamedTuple):
@@ -86,8 +91,11 @@ def check_lists(lists: Lists) -> None:
         for name, tensor in zip(Lists._fields, place, strict=True):
             if name == "steps" or not tensor.numel():
                 continue
-            if tensor.shape != param.shape or tensor.device != param.device:
+            moment = name in ("exp_avgs", "exp_avg_sqs")
+            if tensor.shape != param.shape or tensor.device != param.device or (moment and tensor.dtype != param.dtype):
                 raise ValueError(f"{name}[{number}] must be like params {describe(param)}, got {describe(tensor)}")
+        if not isinstance(step, Tensor):
+            raise TypeError(f"steps[{number}] must be a float32 scalar, got {describe(step)}")
         if not param.numel():
             continue
         lacking = {not tensor.numel() for tensor in (grad, step, *moments)}
@@ -103,13 +111,16 @@ def check_lists(lists: Lists) -> None:
             raise ValueError(
                 f"shadow_copies[{number}] must be there with shadow and copy of its parameter, and only then"
             )
-        if has_copy and (param_copy.dtype not in COPIES or (has_both and shadow_copy.dtype != param_copy.dtype)):
+        if has_copy and (param_copy.dtype not in COPY_DTYPES or (has_both and shadow_copy.dtype != param_copy.dtype)):
             got = f"{param_copy.dtype} and {shadow_copy.dtype}" if has_both else f"{param_copy.dtype}"
             raise TypeError(f"param_copies[{number}] and its shadow's must be bfloat16 or float16, got {got}")
+    kinds = {(param.device, step.device) for param, step in zip(lists.params, lists.steps, strict=True) if step.numel()}
+    if len(kinds) > len({device for device, _ in kinds}):
+        raise ValueError("steps must lie all on the CPU or all with their params, got some here and some there")
 
 
 def check_numbers(lists: Lists, numbers: Numbers) -> None:
-    """Raise unless the groups are made of all parameters, and what nobody may wait for can be read where it is needed."""
+    """Raise unless the groups are made of all parameters and there is what each needs."""
     groups, count = len(numbers.group_sizes), len(lists.params)
     if sum(numbers.group_sizes) != count or min(numbers.group_sizes, default=0) < 0:
         raise ValueError(f"group_sizes must sum to the {count} params, got {numbers.group_sizes}")
@@ -122,11 +133,13 @@ def check_numbers(lists: Lists, numbers: Numbers) -> None:
             check_scalar(f"{name}[{number}]", tensor)
     if numbers.found_inf is not None:
         check_scalar("found_inf", numbers.found_inf)
-    kinds = {(p.device, s.device) for p, s in zip(lists.params, lists.steps, strict=True) if s.numel()}
-    if len(kinds) > len({device for device, _ in kinds}):
-        raise ValueError("steps must lie all on the CPU or all with their params, got some here and some there")
-    if (numbers.found_inf is not None or numbers.lrs) and any(param != step for param, step in kinds):
-        raise ValueError("steps must lie with their params where found_inf or lrs are given, got steps on the CPU")
+
+
+def counted_elsewhere(lists: Lists) -> bool:
+    """Whether steps lie on the CPU and their parameters do not."""
+    return any(
+        step.numel() and step.device != param.device for param, step in zip(lists.params, lists.steps, strict=True)
+    )
 
 
 def check_scalar(name: str, value: object) -> None:

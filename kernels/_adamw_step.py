@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import _native_adamw
 from . import _reference_optimizer as reference
-from ._adamw import Lists, Numbers, check_adamw_apart, check_lists, check_numbers
+from ._adamw import Lists, Numbers, check_adamw_apart, check_lists, check_numbers, counted_elsewhere
+from ._apart import Reach
 from ._checks import describe
 from ._dispatch import Row, choose, define, register
 from ._native import DTYPE_CODES, dtype_of, unwalkable
@@ -38,16 +39,23 @@ def _unfit(lists: Lists) -> str | None:
 
 class _ReferenceStep:
     def __init__(self, lists: Lists) -> None:
-        check_adamw_apart(lists)
-        self.lists = lists._replace(grads=[])
-        self.grads: list[Tensor] = []
+        self.lists = lists
+        self.loaded: Lists | None = None
+        self.written = Reach(
+            tensor for name, tensors in lists._asdict().items() if name != "grads" for tensor in tensors
+        )
+        self.checked = False
 
     def load(self, grads: list[Tensor]) -> None:
-        self.grads = grads
+        loaded = self.lists._replace(grads=grads)
+        if not (self.checked and self.written.leaves(grads)):
+            check_adamw_apart(loaded)
+        self.checked, self.loaded = True, loaded
 
     def run(self, numbers: Numbers) -> None:
-        reference.adamw_ema_(self.lists._replace(grads=self.grads), numbers)
-        self.grads = []  # which others may want to free
+        loaded, self.loaded = self.loaded, None  # gradients live no longer than their step
+        assert loaded is not None
+        reference.adamw_ema_(loaded, numbers)
 
 
 def _row(name: str, step: Callable[[Lists], Any], **options: Any) -> None:
@@ -63,23 +71,29 @@ _row("reference", _ReferenceStep)
 class Step:
     """Steps on checked lists, which stay as they are: `load(grads)` refuses what may be refused, `run(numbers)` does it.
 
-    Gradients are at each step of the layout that they are of now.
+    Gradients are at each step of the layout that they are of now; none is kept.
     """
 
     def __init__(self, lists: Lists) -> None:
-        self._changed = [*lists.params, *lists.shadows, *lists.param_copies, *lists.shadow_copies]
+        moved = [param for param, step in zip(lists.params, lists.steps, strict=True) if step.numel()]
+        self._changed = [*moved, *lists.shadows, *lists.param_copies, *lists.shadow_copies]
+        self._counted_elsewhere = counted_elsewhere(lists)
         self._parts: list[tuple[torch.device, list[int], Any]] = []
         for device, places, own in by_device(*lists):
             part = Lists(*own)
-            self._parts.append((device, places, choose("adamw_ema_", device, part).prepare(part)))
+            step = choose("adamw_ema_", device, part).prepare(part._replace(grads=[]))
+            self._parts.append((device, places, step))
 
     def load(self, grads: list[Tensor]) -> None:
         for _, places, step in self._parts:
             step.load(grads if len(places) == len(grads) else [grads[place] for place in places])
 
     def run(self, numbers: Numbers) -> None:
-        for device, places, step in self._parts:
-            step.run(numbers.on(device, places))
+        if self._counted_elsewhere and (numbers.found_inf is not None or numbers.lrs):
+            raise ValueError("steps must lie with their params where found_inf or lrs are given, got steps on the CPU")
+        told = [numbers.on(device, places) for device, places, _ in self._parts]  # all, before the first is written
+        for (_, _, step), its in zip(self._parts, told, strict=True):
+            step.run(its)
         torch.autograd.graph.increment_version(self._changed)
 
 
@@ -94,7 +108,7 @@ def _update(*arguments: Any) -> None:
 
 
 def _fake(*arguments: Any) -> None:
-    return None
+    check_lists(Lists(*arguments[:8]))  # here, too: one tensor on the meta device is enough to come here
 
 
 define(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -56,15 +56,24 @@ def words(lists: Lists) -> array[int]:
     )
 
 
+def check_memory(lists: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise if a tensor of some elements has none: to the library it would be one that its parameter lacks."""
+    for name, tensors in lists.items():
+        for number, address in enumerate(addresses(tensors)):
+            if not address and tensors[number].numel():
+                raise ValueError(f"{name}[{number}] must have memory for its elements, got a storage that was freed")
+
+
 class Step:
     """Steps on lists of float32 tensors of one device, which stay as they are; gradients may come and go.
 
     `load(grads)` and then `run(numbers)`. All lists are checked and walkable; gradients float32, bfloat16 or float16.
-    Raises ValueError in `load` on tensors that share memory with one that is written, NativeError in `run` on numbers
-    out of range; nothing is written then.
+    Raises ValueError, at first or in `load`, on tensors without memory or that share it with one that is written,
+    NativeError in `run` on numbers out of range; nothing is written then.
     """
 
     def __init__(self, lists: Lists) -> None:
+        check_memory(lists._asdict())
         self.lists = lists._replace(grads=[])  # which others may want to free
         self.words = words(lists)
         self._set: dict[str, list[int]] = {}
@@ -76,7 +85,10 @@ class Step:
 
     def load(self, grads: list[Tensor]) -> None:
         """Take these gradients for the next step."""
-        self.set_column("grad", list(addresses(grads)))
+        places = list(addresses(grads))
+        if 0 in places:
+            check_memory({"grads": grads})
+        self.set_column("grad", places)
         self.set_column("grad_dtype", codes_of(grads))
         status = library().vjepa_adamw_check(table_of(AdamWEntry, self.words), len(self.lists.params))
         if status == STATUS_OVERLAP:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._apart import check_apart
 from ._native import (
     NO_COPY,
     STATUS_OVERLAP,
@@ -20,7 +21,6 @@ from ._native import (
     words_of,
 )
 from ._native_launch import DeviceTable
-from ._tensor_lists import check_apart
 
 CHUNK_ELEMENTS = 1 << 16  # per CUDA block: 0.75 MB of traffic, several hundred blocks for the smallest ViT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ._checks import describe
 from ._native import device_of
 from ._tensor_lists import local
 
+STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
 Scalars = Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None
 
 
@@ -45,6 +47,22 @@ def check_group(group: dict[str, Any]) -> list[float]:
     ]
 
 
+def check_state(state_dict: Mapping[str, Any]) -> None:
+    """Raise unless this is the state of a torch.optim.AdamW whose numbers are in range."""
+    for name in ("state", "param_groups"):
+        if name not in state_dict:
+            raise ValueError(f"state_dict must be that of AdamW, got one without {name}")
+    for group in state_dict["param_groups"]:
+        missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+        if missing:
+            raise ValueError(f"state_dict must be that of AdamW, got a group without {missing[0]}")
+        check_group(group)
+    for key, its in state_dict["state"].items():
+        missing = [name for name in STATE if name not in its] if its else []
+        if missing:
+            raise ValueError(f"state_dict must be that of AdamW, got a state of parameter {key} without {missing[0]}")
+
+
 def on_device(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
@@ -56,6 +74,7 @@ def numbers_of(optimizer: Any, grad_factor: Scalars, found_inf: Tensor | None) -
     if len({bool(group["capturable"]) for group in groups}) > 1:
         raise ValueError("params must have one capturable for all groups, got some with and some without")
     devices = set(map(device_of, (param for group in groups for param in group["params"])))
+    check_capture(groups, devices)
     lrs = [group["lr"] for group in groups]
     lrs = [lr if on_device(lr) else _constant(float(lr), devices) for lr in lrs] if any(map(on_device, lrs)) else []
     factors = _factors(grad_factor, len(groups), devices)
@@ -71,6 +90,13 @@ def numbers_of(optimizer: Any, grad_factor: Scalars, found_inf: Tensor | None) -
         if not groups[0]["capturable"] and any(device.type != "cpu" for device in devices):
             raise ValueError("found_inf must come with capturable=True for params on a device, got capturable=False")
     return Numbers([len(group["params"]) for group in groups], hyper, optimizer.momentum, lrs, factors, found_inf)
+
+
+def check_capture(groups: list[dict[str, Any]], devices: set[torch.device]) -> None:
+    """Raise if a CUDA graph is to hold a step that counts on the host: it would replay the first count for ever."""
+    counted_here = not all(group["capturable"] for group in groups)
+    if counted_here and any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing():
+        raise ValueError("params must have capturable=True where a CUDA graph captures the step, got capturable=False")
 
 
 def _factors(grad_factor: Scalars, count: int, devices: set[torch.device]) -> list[Tensor]:

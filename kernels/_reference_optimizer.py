@@ -5,7 +5,9 @@ Nothing here reads a device tensor on the host.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,16 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], copies: list[Tenso
     """targets <- targets + (1 - momentum) (sources - targets), then copies <- targets."""
     if not targets:
         return
+    with _writing(targets, copies):
+        _ema_update(targets, sources, copies, momentum)
+
+
+def _writing(*lists: list[Tensor]) -> AbstractContextManager[Any]:
+    """Where tensors may be written: those that were made in inference mode nowhere else."""
+    return torch.inference_mode() if any(any(map(Tensor.is_inference, tensors)) for tensors in lists) else nullcontext()
+
+
+def _ema_update(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor) -> None:
     same = [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)]
     if isinstance(momentum, Tensor):  # on a device, where nobody may wait for its value
         for target, source in zip(targets, same, strict=True):
@@ -39,6 +51,11 @@ def _walked(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
     """torch's AdamW on params, then the EMA of them in shadows, then both into their low-precision copies."""
+    with _writing(*lists):
+        _adamw_ema(lists, numbers)
+
+
+def _adamw_ema(lists: Lists, numbers: Numbers) -> None:
     found_inf = None if numbers.found_inf is None else (numbers.found_inf != 0).to(torch.float32)
     for number, (places, (lr, beta1, beta2, eps, weight_decay)) in enumerate(numbers.groups()):
         own = [tensors[places] for tensors in lists[:5]]
@@ -48,6 +65,7 @@ def adamw_ema_(lists: Lists, numbers: Numbers) -> None:
             continue
         if numbers.grad_factors:
             grads = list(torch._foreach_mul(grads, numbers.grad_factors[number]))
+        grads = [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)]  # a scalar took the factor's
         # torch's fused kernel wants the step counts where the params are, its other one on the host
         fused = steps[0].device == params[0].device
         given = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))

@@ -1,11 +1,12 @@
-"""Lists of hundreds of tensors, which operators update in place: by device, by shard, in pairs, apart, as they were.
+"""Lists of hundreds of tensors, which operators update in place: by device, by shard, in pairs, as they were.
 
 Whole lists are compared where that is enough: a loop in Python over all tensors takes longer than to update some models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._checks import describe
 from ._dispatch import requested
-from ._native import device_of, dtype_of, one_run
+from ._native import device_of, dtype_of
 
 PLAIN = {Tensor, nn.Parameter}  # types that are what they seem
+layout_of = operator.attrgetter("layout")
+bytes_of = operator.attrgetter("nbytes")
 WIDE = (torch.float32, torch.float64)  # a step of an average or an optimizer vanishes in less
 
 
@@ -55,6 +58,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
+def same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether these are the same tensor objects."""
+    return len(ones) == len(others) and all(map(operator.is_, ones, others))
+
+
 def alike(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> bool:
     """Whether pairs have one shape and one device; both are plain tensors, as many."""
     return all(map(Tensor.is_same_size, firsts, seconds)) and (
@@ -64,9 +72,16 @@ def alike(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> bool:
 
 
 def check_pairs(
-    names: tuple[str, str], firsts: Sequence[Tensor], seconds: Sequence[Tensor], first_dtypes: tuple[torch.dtype, ...]
+    names: tuple[str, str],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    first_dtypes: tuple[torch.dtype, ...],
+    places: Sequence[int] = (),
 ) -> None:
-    """Raise unless both lists pair up in number, shape and device, and the first have one of the dtypes."""
+    """Raise unless both lists pair up in number, shape and device, and the first have one of the dtypes.
+
+    places: where the caller has the pairs, for errors; by default one after the other.
+    """
     if len(firsts) != len(seconds):
         raise ValueError(f"{names[1]} must have {len(firsts)} tensors like {names[0]}, got {len(seconds)}")
     if (  # of lists as they should be, and not in a trace: it knows little of map
@@ -75,13 +90,16 @@ def check_pairs(
         and plain(seconds)
         and set(map(dtype_of, firsts)) <= set(first_dtypes)
         and all(dtype.is_floating_point for dtype in set(map(dtype_of, seconds)))
+        and set(map(layout_of, firsts)) | set(map(layout_of, seconds)) <= {torch.strided}
         and alike(firsts, seconds)
     ):
         return
-    for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+    for number, first, second in zip(places or range(len(firsts)), firsts, seconds, strict=True):
         for name, tensor in zip(names, (first, second), strict=True):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}[{number}] must be a tensor, got {describe(tensor)}")
+            if tensor.layout != torch.strided:
+                raise TypeError(f"{name}[{number}] must be dense, got {describe(tensor)} in {tensor.layout}")
         if first.dtype not in first_dtypes:
             expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in first_dtypes)
             raise TypeError(f"{names[0]}[{number}] must be {expected}, got {describe(first)}")
@@ -106,39 +124,16 @@ def check_shards(
             raise ValueError(f"{names[1]} must be sharded like {names[0]}, got another placement{entry}")
 
 
-def check_apart(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
-    """Raise if a tensor that is written shares memory with another one, or its elements with each other.
-
-    Views with gaps are taken to lie in those of others.
-    """
-    spans: list[tuple[str, int, int, bool, str]] = []
-    for lists, is_written in ((written, True), (read, False)):
-        for name, tensors in lists.items():
-            for number, tensor in enumerate(tensors):
-                if tensor.is_contiguous() or one_run(tensor):
-                    begin = tensor.data_ptr()
-                    end = begin + tensor.numel() * tensor.element_size()
-                    spans.append((str(tensor.device), begin, end, is_written, f"{name}[{number}]"))
-                elif is_written and any(
-                    size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-                ):
-                    raise ValueError(
-                        f"{name}[{number}] must have memory for each of its elements, got strides {tensor.stride()}"
-                    )
-    last: dict[tuple[str, bool], tuple[int, str]] = {}  # of each device, of what is written and of what is only read
-    for device, begin, end, is_written, name in sorted(spans):
-        for against in (True, False) if is_written else (True,):
-            until, other = last.get((device, against), (0, ""))
-            if begin < until and begin < end:
-                raise ValueError(f"{name} must have memory of its own, got a tensor that shares it with {other}")
-        last[device, is_written] = max(last.get((device, is_written), (0, "")), (end, name))
+def layouts(tensors: Sequence[Tensor]) -> list[tuple[int, ...]] | None:
+    """None of tensors that are all contiguous, otherwise the strides."""
+    return None if all(map(Tensor.is_contiguous, tensors)) else list(map(Tensor.stride, tensors))
 
 
 class Kept:
     """An update that was prepared for tensors, and what they were then.
 
     whole: tensors that others may give other memory, shapes or dtypes. places: those that nobody else changes but to
-    move them.
+    move them or to free them, after which others may have their address.
     """
 
     def __init__(self, run: Any, whole: Sequence[Tensor], places: Sequence[Tensor] = ()) -> None:
@@ -147,9 +142,9 @@ class Kept:
         self._whole, self._all = list(whole), [*whole, *places]
         self._seen = self._look()
 
-    def _look(self) -> list[list[object]]:
-        properties = (dtype_of, Tensor.numel, Tensor.is_contiguous)
-        return [list(map(Tensor.data_ptr, self._all)), *(list(map(one, self._whole)) for one in properties)]
+    def _look(self) -> list[object]:
+        of_all = [list(map(one, self._all)) for one in (Tensor.data_ptr, bytes_of)]
+        return [*of_all, *(list(map(one, self._whole)) for one in (type, dtype_of)), layouts(self._whole)]
 
     def holds(self) -> bool:
         """Whether they are the same still, and the same backend is asked for."""

@@ -17,23 +17,22 @@ from torch import Tensor, nn
 
 from . import _native, _native_ema
 from . import _reference_optimizer as reference
+from ._apart import check_apart
 from ._checks import describe
 from ._dispatch import Row, choose, define, register, without_autocast
-from ._native import device_of, dtype_of
+from ._native import COPY_DTYPES, device_of, dtype_of
 from ._tensor_lists import (
     WIDE,
     Kept,
     by_device,
-    check_apart,
     check_pairs,
     check_shards,
     local,
     local_list,
     plain,
+    same,
     traced,
 )
-
-COPY_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def native_cpu_why_not(device: torch.device) -> str | None:
@@ -88,17 +87,21 @@ def prepare(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor]) 
     return update
 
 
-def _update(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
-    share = momentum_value(momentum)
+def _check(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor]) -> None:
     check_pairs(("targets", "sources"), targets, sources, WIDE)
     if copies:
         check_pairs(("targets", "copies"), targets, copies, WIDE)
+
+
+def _update(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
+    share = momentum_value(momentum)
+    _check(targets, sources, copies)
     check_momentum_device(share, targets)
     prepare(targets, sources, copies)(share)
 
 
 def _fake(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
-    return None
+    _check(targets, sources, copies)  # here, too: one tensor on the meta device is enough to come here
 
 
 define(
@@ -179,7 +182,7 @@ class EMA:
 
     Args:
         target_module: parameters float32; the module that follows.
-        source_module: same parameter names, shapes, devices and sharding.
+        source_module: same parameter names, shapes, devices and sharding; what is tied in the target is tied here.
         copies: bfloat16 or float16: keep a copy of each target in this dtype, written in the same pass;
             `.copies` maps parameter names to them.
 
@@ -202,6 +205,12 @@ class EMA:
             raise ValueError(
                 f"source_module must have the parameter names of target_module, got a difference in {differing}"
             )
+        first = {target: name for name, target in targets.items()}
+        for name, target in untied.items():
+            if sources[name] is not sources[first[target]]:
+                raise ValueError(
+                    f"source_module must tie parameters like target_module, got {name} apart from {first[target]}"
+                )
         self._targets: list[Tensor] = list(targets.values())
         self._sources: list[Tensor] = [sources[name] for name in targets]
         check_shards(("target_module", "source_module"), self._targets, self._sources, list(targets))
@@ -212,6 +221,7 @@ class EMA:
             WIDE,
         )
         self._kept: Kept | None = None
+        self._kept_copies: list[Tensor] = []
         self.copies: dict[str, Tensor] = {}
         if copies is not None:
             self.copies = {name: local(target).detach().to(copies) for name, target in targets.items()}
@@ -226,12 +236,13 @@ class EMA:
                 return
             share = momentum_value(momentum)
             check_momentum_device(share, self._targets)
-            if self._kept is None or not self._kept.holds():
+            if self._kept is None or not (self._kept.holds() and same(copies, self._kept_copies)):
                 self._kept = None
                 check_pairs(("target_module", "source_module"), self._targets, self._sources, WIDE)
                 check_pairs(("target_module", "copies"), self._targets if copies else [], copies, WIDE)
                 lists = (self._targets, self._sources, copies)
                 self._kept = Kept(prepare(*lists), [tensor for tensors in lists for tensor in tensors])
+                self._kept_copies = copies
             without_autocast(self._kept.run, share)
 
     def __getstate__(self) -> dict[str, Any]:

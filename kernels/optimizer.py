@@ -12,76 +12,45 @@ copies. The native library takes that one; the reference takes three: torch's Ad
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._adamw import Lists, Numbers
+from ._adamw import Lists, Numbers, check_lists
 from ._adamw_step import Step
 from ._checks import describe
 from ._dispatch import without_autocast
-from ._native import dtype_of
-from ._optimizer_numbers import Scalars, check_group, numbers_of, on_device
-from ._tensor_lists import WIDE, Kept, alike, check_pairs, check_shards, local, local_list, plain, shards_of, traced
-from .ema import COPY_DTYPES, momentum_tensor, momentum_value
+from ._native import COPY_DTYPES
+from ._optimizer_lists import Own, check_grads
+from ._optimizer_numbers import STATE, Scalars, check_group, check_state, numbers_of, on_device
+from ._tensor_lists import (
+    WIDE,
+    Kept,
+    check_pairs,
+    check_shards,
+    layouts,
+    local,
+    local_list,
+    plain,
+    same,
+    traced,
+)
+from .ema import momentum_tensor, momentum_value
 
 FOREIGN = {"foreach": None, "fused": None, "differentiable": False}  # what torch.optim.AdamW also keeps in its groups
-layout_of = operator.attrgetter("layout")
 
 
-def _check_grads(params: list[Tensor], grads: list[Tensor]) -> None:
-    """Raise unless gradients are like their parameters; those of the same shards, if they are sharded."""
-    if (
-        plain(params)
-        and plain(grads)
-        and set(map(layout_of, grads)) <= {torch.strided}
-        and list(map(dtype_of, params)) == list(map(dtype_of, grads))
-        and alike(params, grads)
-    ):
-        return
-    for param, grad in zip(params, grads, strict=True):
-        if grad.layout != torch.strided:
-            raise TypeError(f"params must have dense gradients, got a sparse one for {describe(param)}")
-        if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
-            raise ValueError(f"gradients must be like their parameter {describe(param)}, got {describe(grad)}")
-        if shards_of(grad) != shards_of(param):
-            raise ValueError(f"gradients must be sharded like their parameter {describe(param)}, got another placement")
-
-
-def _only_zeros(grads: list[Tensor | None]) -> bool:
-    return not any(bool(local(grad).any()) for grad in grads if grad is not None)
-
-
-def _layouts(tensors: list[Tensor]) -> list[tuple[int, ...]] | None:
-    """None of tensors that are all contiguous, otherwise the strides."""
-    return None if all(map(Tensor.is_contiguous, tensors)) else [tensor.stride() for tensor in tensors]
-
-
-def _same(ones: list[Tensor], others: list[Tensor]) -> bool:
-    return len(ones) == len(others) and all(map(operator.is_, ones, others))
+def _moves_nothing(grads: list[Tensor], numbers: Numbers) -> bool:
+    """Whether there are gradients, all of them 0, and so is lr; one on a device passes for another."""
+    learns = numbers.lrs or any(lr for _, (lr, *_) in numbers.groups())
+    return bool(grads) and not learns and not any(bool(local(grad).any()) for grad in grads)
 
 
 def _fixed(lists: Lists) -> Lists:
     """All but the gradients, which come and go and may be freed meanwhile."""
     return lists._replace(grads=[])
-
-
-class _Own:
-    """What belongs to a list of parameters at every step, in their order; empty tensors for what they lack."""
-
-    def __init__(self, params: list[Tensor], shadows: dict[Tensor, Tensor], copies: dict[Tensor, Any]) -> None:
-        def of(values: Iterable[Tensor | None]) -> list[Tensor]:
-            return [torch.empty(0) if value is None else value for value in values]
-
-        self.params = params
-        self.shadows = of(shadows.get(param) for param in params)
-        self.param_copies = of(copies.get(param, (None, None))[0] for param in params) if copies else []
-        self.shadow_copies = of(copies.get(param, (None, None))[1] for param in params) if copies else []
-        # for parameters without gradient: gradient, moments and step
-        self.lacking = [tuple(torch.empty(0) for _ in range(4)) for _ in params]
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -113,7 +82,7 @@ class AdamWEMA(torch.optim.Optimizer):
             numbers out of range, sparse gradients, amsgrad or maximize in a loaded state.
     """
 
-    _own: _Own | None = None
+    _own: Own | None = None
     _kept: Kept | None = None
     _lists: Lists | None = None
     _grad_layouts: list[tuple[int, ...]] | None = None
@@ -155,12 +124,13 @@ class AdamWEMA(torch.optim.Optimizer):
             local_list(shadow for shadow, _ in paired),
             local_list(param for _, param in paired),
             WIDE,
+            [place for place, shadow in enumerate(all_shadows) if shadow is not None],
         )
         self._shadows: dict[Tensor, Tensor] = {param: shadow for shadow, param in paired}
         self.param_copies: list[Tensor] = []
         self.shadow_copies: list[Tensor | None] = []
         if copies is not None:
-            self.param_copies = [local(p).detach().to(copies) for p in all_params]
+            self.param_copies = [local(p).detach().to(copies, copy=True) for p in all_params]
             self.shadow_copies = [None if s is None else local(s).detach().to(copies) for s in all_shadows]
         self._copies_of: dict[Tensor, tuple[Tensor, Tensor | None]] = dict(
             zip(all_params, zip(self.param_copies, self.shadow_copies, strict=True), strict=False)
@@ -212,30 +182,36 @@ class AdamWEMA(torch.optim.Optimizer):
                 loss = closure()
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        there = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
         numbers = numbers_of(self, grad_factor, found_inf)
-        _check_grads([param for param, _ in there], [grad for _, grad in there])
-        if not self.state and not any(lr for _, (lr, *_) in numbers.groups()) and _only_zeros(grads):
+        there = [grad for grad in grads if grad is not None]
+        check_grads([param for param, grad in zip(params, grads, strict=True) if grad is not None], there)
+        if not self.state and _moves_nothing(there, numbers):
             # torch.distributed.checkpoint makes the state of a new optimizer by such a step: nothing may move in it
             numbers = numbers._replace(momentum=1.0)
-        lists = self._lists_of(params, grads)
+        states, begun = self._states(params, grads)
+        own = self._own
+        if own is None or not same(own.params, params):
+            own = self._own = Own(params, self._shadows, self._copies_of)
+        lists = own.lists(grads, states)
         if traced() or not plain(lists.params):
             torch.ops.vjepa.adamw_ema_(*lists, *numbers._replace(momentum=momentum_tensor(numbers.momentum)))
         else:
             without_autocast(self._prepared(lists), lists.grads, numbers)
+        self.state.update(begun)  # now that nothing was refused
         return loss
 
     def _prepared(self, lists: Lists) -> Callable[[list[Tensor], Numbers], None]:
         """The step that was prepared for these tensors, as long as they are the same, whatever their gradients."""
-        kept, before, layouts = self._kept, self._lists, _layouts(lists.grads)
+        kept, before, grad_layouts = self._kept, self._lists, layouts(lists.grads)
         if (
             kept is None
             or before is None
-            or layouts != self._grad_layouts
-            or not all(map(_same, _fixed(lists), before))
+            or grad_layouts != self._grad_layouts
+            or not all(map(same, _fixed(lists), before))
             or not kept.holds()
         ):
             self._kept = None
+            check_lists(lists)  # others may have replaced what was checked before, or loaded the state of another model
             step = Step(lists)
 
             def run(grads: list[Tensor], numbers: Numbers) -> None:
@@ -246,13 +222,16 @@ class AdamWEMA(torch.optim.Optimizer):
             self._kept = kept = Kept(
                 run, [*lists.params, *lists.shadows], [*moments, *lists.param_copies, *lists.shadow_copies]
             )
-            self._lists, self._grad_layouts = _fixed(lists), layouts
+            self._lists, self._grad_layouts = _fixed(lists), grad_layouts
         return kept.run
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an AdamWEMA or of a torch.optim.AdamW (without amsgrad and maximize)."""
-        for group in state_dict["param_groups"]:
-            check_group(group)
+        """Load the state of an AdamWEMA or of a torch.optim.AdamW (without amsgrad and maximize).
+
+        Raises:
+            TypeError, ValueError: the state of another optimizer, numbers out of range; nothing is loaded then.
+        """
+        check_state(state_dict)
         capturable = [group["capturable"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, its in zip(self.param_groups, capturable, strict=True):
@@ -267,30 +246,11 @@ class AdamWEMA(torch.optim.Optimizer):
         own = ("_momentum", "_shadows", "param_copies", "shadow_copies", "_copies_of")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
-    def _lists_of(self, params: list[Tensor], grads: list[Tensor | None]) -> Lists:
-        own = self._own
-        if own is None or not _same(own.params, params):
-            own = self._own = _Own(params, self._shadows, self._copies_of)
-        rows = [
-            lacking if grad is None else (grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            for grad, state, lacking in zip(grads, self._states(params, grads), own.lacking, strict=True)
-        ]
-        columns = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
-        its_grads, exp_avgs, exp_avg_sqs, steps = map(local_list, columns)
-        return Lists(
-            local_list(params),
-            its_grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            local_list(own.shadows),
-            own.param_copies,
-            own.shadow_copies,
-        )
-
-    def _states(self, params: list[Tensor], grads: list[Tensor | None]) -> list[dict[str, Tensor]]:
-        """The states of the parameters, begun where there is a gradient for the first time, {} without any."""
-        states = [self.state.get(param) or {} for param in params]
+    def _states(
+        self, params: list[Tensor], grads: list[Tensor | None]
+    ) -> tuple[list[dict[str, Tensor]], dict[Tensor, dict[str, Tensor]]]:
+        """The states of the parameters, {} without any, and those of them that begin with their first gradient."""
+        states, begun = [self.state.get(param) or {} for param in params], {}
         if not all(states):
             capturable = [group["capturable"] for group in self.param_groups for _ in group["params"]]
             for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -298,6 +258,6 @@ class AdamWEMA(torch.optim.Optimizer):
                     continue
                 step = torch.zeros((), device=param.device if capturable[place] else "cpu", dtype=torch.float32)
                 moments = (torch.zeros_like(param, memory_format=torch.preserve_format) for _ in range(2))
-                states[place] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
-                self.state[param] = states[place]
-        return states
+                states[place] = dict(zip(STATE, (step, *moments), strict=True))
+                begun[param] = states[place]
+        return states, begun

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vjepa.kernels import _dispatch, backend
+from vjepa.kernels._adamw import Lists, Numbers, check_lists
+from vjepa.kernels._adamw_step import Step
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name, why in _dispatch.explain("adamw_ema_", CPU).items() if why in _dispatch.RUNS]
@@ -110,3 +112,22 @@ def test_no_parameters(backend_name):
     given = {**arguments(), **{name: [] for name in NAMES}, "group_sizes": [0, 0]}
     with backend(backend_name):
         call(given)
+
+
+def test_counts_of_steps_lie_where_they_are_needed():
+    """All of a device's parameters beside them, or all on the host; beside them, if the step waits for nothing."""
+    given = {**arguments(), **{name: [torch.empty(n, device="meta") for n in (4, 3)] for name in NAMES[:4]}}
+    given.update(shadows=[], param_copies=[], shadow_copies=[])
+    for name in NAMES[2:4]:
+        given[name] = [tensor.clone() for tensor in given[name]]
+    lists = Lists(*list(given.values())[:8])
+    here, there = lists.steps[0], torch.zeros((), device="meta")
+    check_lists(lists)
+    check_lists(lists._replace(steps=[there, there.clone()]))
+    for steps in ([here, there], [there, here]):
+        with pytest.raises(ValueError, match="steps must lie all on the CPU or all with their params, got some here"):
+            check_lists(lists._replace(steps=steps))
+    numbers = Numbers(*list(given.values())[8:])
+    for wanting in ({"found_inf": there}, {"lrs": [there, there]}):
+        with pytest.raises(ValueError, match="steps must lie with their params where found_inf or lrs are given"):
+            Step(lists).run(numbers._replace(**wanting))

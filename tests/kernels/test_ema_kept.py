@@ -197,3 +197,44 @@ def test_the_operator_checks_copies(copies, error, sentence):
     with pytest.raises(error, match=sentence):
         torch.ops.vjepa.ema_update_([target], [torch.ones(2)], copies, torch.tensor(0.5))
     assert not target.any()
+
+
+def test_a_view_with_gaps_at_the_same_address():
+    """As many elements, neither before nor after contiguous: what lies between them is not the target's."""
+    target, source = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    whole = torch.randn(4, 8)
+    target.weight.data, source.weight.data = whole.view(-1)[:16].view(4, 4).t(), torch.randn(4, 4).t()
+    update = EMA(target, source)
+    with backend("auto"):
+        check(update, target, source)
+        target.weight.data = whole[:, ::2]
+        between = whole[:, 1::2].clone()
+        check(update, target, source)
+    assert torch.equal(whole[:, 1::2], between)
+
+
+def test_copies_that_others_replaced():
+    target, source = networks()
+    update = EMA(target, source, copies=torch.bfloat16)
+    check(update, target, source)
+    update.copies["weight"] = torch.zeros(4, 3, dtype=torch.float16)
+    with backend("auto"):
+        check(update, target, source)
+    update.copies["weight"] = torch.zeros(2, dtype=torch.float16)
+    before = [parameter.detach().clone() for parameter in target.parameters()]
+    with pytest.raises(ValueError, match=r"copies\[0\] must be \(4, 3\) float32 on cpu like target_module"):
+        update.update(0.5)
+    del update.copies["weight"]
+    with pytest.raises(ValueError, match="copies must have 2 tensors like target_module, got 1"):
+        update.update(0.5)
+    assert all(map(torch.equal, target.parameters(), before))
+
+
+def test_a_target_made_in_inference_mode():
+    target, source = networks()
+    with torch.inference_mode():
+        target = copy.deepcopy(target)
+        update = EMA(target, source, copies=torch.bfloat16)
+    check(update, target, source)
+    with torch.inference_mode():
+        check(update, target, source)

@@ -132,6 +132,19 @@ def test_some_parameters_have_no_shadow_or_no_gradient(each_backend):
     torch.testing.assert_close(third.detach(), (third_start + ours[2].detach()) / 2)  # the shadow still follows
 
 
+def test_shadows_follow_parameters_that_do_not_learn(each_backend):
+    ours, shadows = parameters(), parameters(1)
+    expected = [
+        shadow.detach().lerp(param.detach(), 0.5).lerp(param.detach(), 0.5)
+        for shadow, param in zip(shadows, ours, strict=True)
+    ]
+    optimizer = AdamWEMA(ours, shadows, lr=0.0, momentum=0.5)
+    for _ in range(2):
+        optimizer.step()
+    for shadow, average in zip(shadows, expected, strict=True):
+        torch.testing.assert_close(shadow.detach(), average, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("copies", [torch.bfloat16, torch.float16])
 def test_copies(copies, each_backend):
     ours, shadows = parameters(), [*parameters(1)[:2], None]
@@ -153,6 +166,15 @@ def test_copies(copies, each_backend):
     optimizer.refresh_copies()
     check()
     assert AdamWEMA(ours, shadows).param_copies == []
+
+
+def test_copies_of_parameters_that_have_their_dtype_already():
+    ours = parameters(dtype=torch.bfloat16)
+    optimizer = AdamWEMA(ours, parameters(1), lr=0.1, copies=torch.bfloat16)
+    set_gradients(ours, 0)
+    optimizer.step()
+    assert same(optimizer.param_copies, ours)
+    assert not any(one.data_ptr() == other.data_ptr() for one, other in zip(optimizer.param_copies, ours, strict=True))
 
 
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
@@ -183,6 +205,34 @@ def test_state_dict_is_that_of_adamw(direction, fused, each_backend):
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
         assert float(optimizer.state[mine]["step"]) == 6
+
+
+def test_counts_of_steps_of_any_kind_are_loaded(each_backend):
+    """Old checkpoints have Python numbers, and no keys that came later."""
+    results = []
+    for make in (lambda step: step, int, lambda step: step.long()):
+        ours = parameters()
+        optimizer = AdamWEMA(ours, parameters(1), **HYPER)
+        train(optimizer, ours, range(2))
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        for state in state_dict["state"].values():
+            state["step"] = make(state["step"])
+        for name in (
+            "amsgrad",
+            "maximize",
+            "foreach",
+            "fused",
+            "capturable",
+            "differentiable",
+            "decoupled_weight_decay",
+        ):
+            del state_dict["param_groups"][0][name]
+        optimizer.load_state_dict(state_dict)
+        train(optimizer, ours, [2])
+        assert [state["step"].item() for state in optimizer.state.values()] == [3.0] * 3
+        results.append(ours)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
 
 
 def test_resumes_bit_identically_through_its_own_state_dict(each_backend):
@@ -347,6 +397,11 @@ def test_a_bad_input_changes_nothing(spoil, error, sentence):
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
+        (
+            {"shadows": [None, *parameters(1, torch.bfloat16)[:2]]},
+            TypeError,
+            r"shadows\[1\] must be float32 or float64",
+        ),
         ({"shadows": parameters(1)[:2]}, ValueError, "shadows must have 3 entries like params, got 2"),
         ({"shadows": parameters(1, torch.bfloat16)}, TypeError, r"shadows\[0\] must be float32 or float64"),
         ({"shadows": parameters(1)[::-1]}, ValueError, r"params\[0\] must be \(2, 2, 2\) float32 on cpu like shadows"),

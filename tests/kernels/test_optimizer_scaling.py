@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vjepa.kernels import AdamWEMA, _dispatch, backend
+from vjepa.kernels._optimizer_numbers import check_capture
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name, why in _dispatch.explain("adamw_ema_", CPU).items() if why in _dispatch.RUNS]
@@ -91,6 +92,18 @@ def test_grad_scaler_after_it_has_unscaled():
         torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_factor_of_a_parameter_of_one_low_precision_number(capturable):
+    param = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+    other = nn.Parameter(param.detach().clone())
+    param.grad, other.grad = torch.full_like(param, 0.5), torch.full_like(param, 0.25)
+    with backend("auto"):
+        AdamWEMA([param], [None], lr=0.25, capturable=capturable).step(grad_factor=torch.tensor(0.5))
+        AdamWEMA([other], [None], lr=0.25, capturable=capturable).step()
+    assert torch.equal(param, other)
+    assert param < 1
+
+
 def test_scale_and_factor_together():
     (params, shadows), (others, averages) = network(), network()
     optimizer, other = AdamWEMA(params, shadows, **HYPER), AdamWEMA(others, averages, **HYPER)
@@ -171,3 +184,22 @@ def test_a_first_step_that_only_sets_up_the_state():
         if lr == 0.0 and zero:
             optimizer.step()  # the second is an ordinary one
             assert not any(map(torch.equal, shadows, before))
+
+
+def test_a_scaler_leaves_its_scale_only_to_counts_that_lie_with_the_parameters():
+    """Elsewhere the host counts, and would have to wait for what the scaler found."""
+    for device, capturable, expected in (("cpu", False, True), ("meta", False, False), ("meta", True, True)):
+        optimizer = AdamWEMA([nn.Parameter(torch.zeros(2, device=device))], [None], capturable=capturable)
+        assert optimizer._step_supports_amp_scaling is expected
+
+
+def test_a_graph_captures_no_step_that_counts_on_the_host(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    check_capture([{"capturable": False}], {cpu})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_capture([{"capturable": False}], {cpu})
+    check_capture([{"capturable": True}], {cpu, cuda})
+    with pytest.raises(ValueError, match="params must have capturable=True where a CUDA graph captures the step"):
+        check_capture([{"capturable": False}], {cpu, cuda})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check_capture([{"capturable": False}], {cuda})

@@ -71,7 +71,7 @@ def on_cpu(lists, factor=None, scalars=None, momentum=NUMBERS[-1], threads=2):
 
 
 def public(lists, numbers=NUMBERS):
-    step = _native_adamw.CPUStep(Lists(*lists))
+    step = _native_adamw.CPUStep(Lists(*lists)._replace(grads=[]))
     step.load(lists[1])
     step.run(Numbers([len(lists[0])], list(numbers[:5]), numbers[5], [], [], None))
 
@@ -271,6 +271,18 @@ def test_refuses_tensors_that_share_memory():
         with pytest.raises(ValueError, match=r"\[0\] must have memory of its own, got a tensor that shares it with"):
             public(shared)
     assert same(before, lists)
+
+
+@pytest.mark.parametrize("place", range(8), ids=Lists._fields)
+def test_refuses_a_storage_that_was_freed(place):
+    """Its address is that of what a parameter lacks, which would not be updated."""
+    lists = make_lists((4, 5), copy_dtype=torch.bfloat16)
+    lists[place][1].untyped_storage().resize_(0)
+    others = [tensors for number, tensors in enumerate(lists) if number != place]
+    before = clone(others)
+    with pytest.raises(ValueError, match=rf"{Lists._fields[place]}\[1\] must have memory for its elements"):
+        public(lists)
+    assert same(before, others)
 
 
 def test_refuses_a_group_that_is_not_there():

@@ -152,7 +152,7 @@ class Trainer:
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
         self.optimizer.momentum = momentum
 
-    def _clip_factors(self, norms: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
+    def _clip_factors(self, norms: dict[str, torch.Tensor]) -> list[torch.Tensor | None] | None:
         """What the gradients of each parameter group are multiplied by, so that no part's norm exceeds the limit.
 
         As torch.nn.utils.clip_grad_norm_ does it, but in the optimizer's pass over the gradients.
