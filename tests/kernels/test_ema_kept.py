@@ -238,3 +238,24 @@ def test_a_target_made_in_inference_mode():
     check(update, target, source)
     with torch.inference_mode():
         check(update, target, source)
+
+
+def test_versions_of_what_is_written_go_up():
+    target, source = networks()
+    update = EMA(target, source, copies=torch.bfloat16)
+    written = [*target.parameters(), *update.copies.values()]
+    for _ in range(2):
+        versions = [tensor._version for tensor in written]
+        update.update(0.5)
+        assert all(tensor._version > version for tensor, version in zip(written, versions, strict=True))
+
+
+def test_a_backend_asked_for_meanwhile_serves(prepared, each_backend):
+    target, source = networks()
+    update = EMA(target, source)
+    check(update, target, source)
+    with backend("auto"):
+        check(update, target, source)
+        check(update, target, source)
+    check(update, target, source)
+    assert len(prepared) == 3

@@ -80,6 +80,17 @@ def test_once_for_many_steps_and_new_gradients(prepared):
     assert len(prepared) == 1
 
 
+def test_a_backend_asked_for_meanwhile_serves(prepared):
+    pair = Pair()
+    pair.step()
+    with backend("auto"):
+        pair.step()
+        pair.step()
+    pair.step()
+    pair.check()
+    assert len(prepared) == 3
+
+
 def test_parameters_with_a_gradient_now_and_then(prepared):
     pair = Pair()
     for lacking in ((), (1, 2), (0, 1, 2, 3, 4), (1,), ()):

@@ -68,7 +68,7 @@ def assert_formula(before, sources, after, copies, momentum=MOMENTUM):
             assert torch.equal(copies[k], new.to(copies[k].dtype))
 
 
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("shift", [0, 1, 2], ids=["aligned", "misaligned", "aligned to 8 bytes"])
 @pytest.mark.parametrize("copy_dtype", COPIES, ids=str)
 @pytest.mark.parametrize("source_dtype", SOURCES, ids=str)
 @pytest.mark.parametrize("update", [update_on_cpu, cuda_code_on_host], ids=["cpu", "cuda on host"])
@@ -78,6 +78,18 @@ def test_ema_is_its_formula(update, source_dtype, copy_dtype, shift):
     before = [t.clone() for t in targets]
     update(targets, sources, MOMENTUM, copies)
     assert_formula(before, sources, targets, copies)
+
+
+@pytest.mark.parametrize("place", range(3), ids=["target", "source", "copy"])
+@pytest.mark.parametrize("source_dtype", SOURCES, ids=str)
+def test_a_single_misaligned_tensor(source_dtype, place):
+    """Sixteen bytes at a time where all three are aligned to them: `make sanitize` and a GPU see any other access."""
+    for shift in (1, 2):
+        aligned, shifted = (tensors((67,), source_dtype, torch.bfloat16, by) for by in (0, shift))
+        lists = [shifted[k] if k == place else aligned[k] for k in range(3)]
+        before = [t.clone() for t in lists[0]]
+        cuda_code_on_host(lists[0], lists[1], MOMENTUM, lists[2])
+        assert_formula(before, lists[1], lists[0], lists[2])
 
 
 @pytest.mark.parametrize("source_dtype", SOURCES, ids=str)
@@ -322,12 +334,17 @@ def test_memory_that_is_written_belongs_to_one_tensor():
     pairs = {
         "two targets": ([storage[:40], storage[39:]], [other[:40], other[:25]]),
         "a target and a source": ([storage[:40]], [storage[24:]]),
+        "a source and a target": ([storage[24:]], [storage[:40]]),
+        "a target in the first of two sources": ([storage[50:60], other[:2]], [storage[48:58], storage[:2]]),
         "twice the same": ([storage, storage], [other, other]),
     }
     for name, (targets, sources) in pairs.items():
         with pytest.raises(ValueError, match=r"\] must have memory of its own, got a tensor that shares it with"):
-            update_on_cpu(targets, [source + 0 if "two" in name else source for source in sources], 0.5)
+            update_on_cpu(targets, [source + 0 if "two targets" in name else source for source in sources], 0.5)
         assert not storage.any()
+    with pytest.raises(ValueError, match=r"must have memory of its own"):  # beyond a source that lies in another
+        update_on_cpu([storage[50:60], other[:4], other[4:64]], [other[:10] + 1, storage[10:14], storage[:60]], 0.5)
+    assert not storage.any()
     update_on_cpu([storage[:32], storage[32:]], [other[:32] + 1] * 2, 0.5)  # neighbours, one source
     assert torch.equal(storage, torch.full((64,), 0.5))
 

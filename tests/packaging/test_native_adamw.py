@@ -110,7 +110,7 @@ def assert_equations(before, after, factor=1.0):
             assert not copies or torch.equal(copies[k], tensors[k].to(copies[k].dtype))
 
 
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("shift", [0, 1, 2], ids=["aligned", "misaligned", "aligned to 8 bytes"])
 @pytest.mark.parametrize("shadows", [True, False], ids=["followed", "alone"])
 @pytest.mark.parametrize("copy_dtype", COPIES, ids=str)
 @pytest.mark.parametrize("grad_dtype", GRADS, ids=str)
@@ -123,6 +123,31 @@ def test_step_is_its_equations_in_the_same_bits_everywhere(grad_dtype, copy_dtyp
     assert_equations(before, after)
     assert same(after, of_cuda)
     assert same(after, alone)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 5, 6, 7], ids=[name for name in Lists._fields if name != "steps"])
+@pytest.mark.parametrize("grad_dtype", GRADS, ids=str)
+def test_a_single_misaligned_tensor(grad_dtype, place):
+    """Sixteen bytes at a time where all are aligned to them: `make sanitize` and a GPU see any other access."""
+    for shift in (1, 2):
+        before = make_lists((67,), grad_dtype, torch.bfloat16)
+        before[place] = make_lists((67,), grad_dtype, torch.bfloat16, shift=shift)[place]
+        after = [tensors if k == place else clone([tensors])[0] for k, tensors in enumerate(before)]
+        before = clone(before)
+        cuda_code_on_host(after)
+        assert_equations(before, after)
+
+
+def test_gradients_may_change_their_dtype():
+    lists = make_lists((65, 3))
+    twin = clone(lists)
+    step, numbers = _native_adamw.CPUStep(Lists(*lists)), Numbers([2], list(NUMBERS[:5]), NUMBERS[5], [], [], None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32):
+        grads = [grad.to(dtype) for grad in lists[1]]
+        step.load(grads)
+        step.run(numbers)
+        public([twin[0], grads, *twin[2:]])
+    assert same(lists, twin)
 
 
 @pytest.mark.parametrize("copy_dtype", COPIES, ids=str)

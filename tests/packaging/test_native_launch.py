@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+from array import array
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -102,3 +107,80 @@ def test_an_infinite_gradient_is_not_counted(launches, found):
     assert [step.item() for step in lists.steps] == [4.0 if found else 6.0] * 2
     assert all(map(torch.equal, lists.params, params)) == bool(found)
     assert not any(map(torch.equal, lists.shadows, shadows))
+
+
+def test_counts_that_become_alike(launches):
+    """Other windows than before, of which one ends where another did."""
+    counts = list(range(MAXIMUM_GROUPS + 3))
+    lists = make_lists([7] * len(counts), counts)
+    twin = Lists(*([tensor.clone() for tensor in tensors] for tensors in lists))
+    cpu, cuda = CPUStep(lists), CUDAStep(twin)
+    cuda.on_host = True
+    cuda.set_column("step", [0] * len(counts))
+    for _ in range(2):
+        for step, its in ((cpu, lists), (cuda, twin)):
+            step.load(its.grads)
+            step.run(make_numbers((len(counts),)))
+            for count in its.steps:
+                count.fill_(9.0)
+    assert launches == [MAXIMUM_GROUPS, 3, len(counts)]
+    for ours, others in zip(lists, twin, strict=True):
+        assert all(map(torch.equal, ours, others))
+
+
+class Device:
+    """A CUDA device's part in a launch, played by the host."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.capturing, self.written, self.seen = 1, False, 0, []
+        self.library = _native.library()
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=self.stream))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(_native_launch, "library", lambda: self)
+
+    def vjepa_write_cuda(self, to, words, count, device, stream):
+        assert stream == self.stream
+        self.written += 1
+        return self.library.vjepa_write_cuda_on_host(to, words, count)
+
+    def kernel(self, tensors, grid, *rest):
+        """Reads the table as a kernel would."""
+        words = (ctypes.c_int64 * WORDS).from_address(tensors)
+        chunks = (ctypes.c_int64 * (grid.count + 1)).from_address(grid.first_chunks)
+        assert rest == ("an argument", None, self.stream)
+        self.seen.append((tensors, list(words), list(chunks), grid.num_chunks, grid.elements))
+        return 0
+
+
+WORDS = 1200  # more than one piece
+
+
+def test_a_table_goes_to_the_device_again_only_if_it_or_the_stream_is_another(monkeypatch):
+    device = Device(monkeypatch)
+    table = _native_launch.DeviceTable([5, 0, 9], 4, torch.device("cpu"))
+
+    def launch(first):
+        words = array("q", [first, *range(1, WORDS)])
+        table.launch(words, device.kernel, "an argument")
+        place, *seen = device.seen[-1]
+        assert seen == [list(words), [0, 2, 2, 5], 5, 4]
+        return place
+
+    launch(7)
+    launch(7)
+    assert device.written == 1
+    launch(8)
+    assert device.written == 2
+    device.stream = 2
+    kept = launch(8)
+    assert device.written == 3
+    device.capturing = True  # a graph has a table of its own, whose writing it replays
+    for written in (4, 5):
+        assert launch(8) != kept
+        assert device.written == written
+    device.capturing = False
+    assert launch(8) == kept
+    assert device.written == 5
+    _native_launch.DeviceTable([0, 0], 4, torch.device("cpu")).launch(array("q"), device.kernel)  # nothing to do
+    assert device.written == 5
