@@ -110,6 +110,16 @@ def updated(threads):
     return [*targets, *copies]
 
 
+@pytest.mark.parametrize("shift", [0, 3], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("copy_dtype", COPIES[1:], ids=str)
+def test_copies_that_are_written_past_the_caches(copy_dtype, shift):
+    """From 2^22 elements on."""
+    targets, sources, copies = tensors((2**22 + 5, 7), torch.bfloat16, copy_dtype, shift)
+    before = [t.clone() for t in targets]
+    update_on_cpu(targets, sources, MOMENTUM, copies, threads=3)
+    assert_formula(before, sources, targets, copies)
+
+
 @pytest.fixture(params=["PyTorch's threads", "own threads"])
 def team(request):
     """Both kinds of threads, if PyTorch's OpenMP runtime has the interface."""

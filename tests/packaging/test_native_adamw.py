@@ -288,11 +288,11 @@ def test_refuses_a_count_of_steps_and_changes_nothing(done):
 
 
 def test_refuses_tensors_that_share_memory():
-    lists = make_lists((4,))
+    lists = make_lists((4,), copy_dtype=torch.bfloat16)
     before = clone(lists)
-    for place in (1, 2, 5):
+    for place, other in ((1, 0), (2, 0), (3, 0), (3, 2), (5, 0), (5, 3), (7, 6), (6, 7)):
         shared = [*lists]
-        shared[place] = lists[0]
+        shared[place] = lists[other]
         with pytest.raises(ValueError, match=r"\[0\] must have memory of its own, got a tensor that shares it with"):
             public(shared)
     assert same(before, lists)
@@ -314,9 +314,10 @@ def test_refuses_a_group_that_is_not_there():
     lists = make_lists((4,))
     words, rows = words_of(lists)
     table = _native.table_of(_native.AdamWEntry, words)
-    table[0].group = 1
-    with pytest.raises(_native.NativeError, match="a tensor names no group that is there"):
-        _native.check(_native.library().vjepa_adamw_cpu(table, 1, rows, 1, None, 0.5, 1))
+    for group in (1, -1):
+        table[0].group = group
+        with pytest.raises(_native.NativeError, match="a tensor names no group that is there"):
+            _native.check(_native.library().vjepa_adamw_cpu(table, 1, rows, 1, None, 0.5, 1))
 
 
 @pytest.mark.gpu
