@@ -109,7 +109,7 @@ def test_an_infinite_gradient_is_not_counted(launches, found):
     assert not any(map(torch.equal, lists.shadows, shadows))
 
 
-def test_counts_that_become_alike(launches):
+def test_counts_that_become_alike_and_unlike_again(launches):
     """Other windows than before, of which one ends where another did."""
     counts = list(range(MAXIMUM_GROUPS + 3))
     lists = make_lists([7] * len(counts), counts)
@@ -117,13 +117,13 @@ def test_counts_that_become_alike(launches):
     cpu, cuda = CPUStep(lists), CUDAStep(twin)
     cuda.on_host = True
     cuda.set_column("step", [0] * len(counts))
-    for _ in range(2):
+    for done in (counts, [9] * len(counts), counts):
         for step, its in ((cpu, lists), (cuda, twin)):
+            for count, before in zip(its.steps, done, strict=True):
+                count.fill_(before)
             step.load(its.grads)
             step.run(make_numbers((len(counts),)))
-            for count in its.steps:
-                count.fill_(9.0)
-    assert launches == [MAXIMUM_GROUPS, 3, len(counts)]
+    assert launches == [MAXIMUM_GROUPS, 3, len(counts), MAXIMUM_GROUPS, 3]
     for ours, others in zip(lists, twin, strict=True):
         assert all(map(torch.equal, ours, others))
 
