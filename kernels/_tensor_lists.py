@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._checks import describe
-from ._dispatch import requested
 from ._native import device_of, dtype_of
 
 PLAIN = {Tensor, nn.Parameter}  # types that are what they seem
@@ -138,7 +137,6 @@ class Kept:
 
     def __init__(self, run: Any, whole: Sequence[Tensor], places: Sequence[Tensor] = ()) -> None:
         self.run = run
-        self._asked = requested()
         self._whole, self._all = list(whole), [*whole, *places]
         self._seen = self._look()
 
@@ -147,5 +145,5 @@ class Kept:
         return [*of_all, *(list(map(one, self._whole)) for one in (type, dtype_of)), layouts(self._whole)]
 
     def holds(self) -> bool:
-        """Whether they are the same still, and the same backend is asked for."""
-        return self._asked == requested() and self._look() == self._seen
+        """Whether they are the same still."""
+        return self._look() == self._seen

@@ -19,7 +19,7 @@ from . import _native, _native_ema
 from . import _reference_optimizer as reference
 from ._apart import check_apart
 from ._checks import describe
-from ._dispatch import Row, choose, define, register, without_autocast
+from ._dispatch import Row, choose, define, register, requested, without_autocast
 from ._native import COPY_DTYPES, device_of, dtype_of
 from ._tensor_lists import (
     WIDE,
@@ -220,8 +220,7 @@ class EMA:
             local_list(self._sources),
             WIDE,
         )
-        self._kept: Kept | None = None
-        self._kept_copies: list[Tensor] = []
+        self._kept: dict[str, tuple[Kept, list[Tensor]]] = {}  # by the backend asked for
         self.copies: dict[str, Tensor] = {}
         if copies is not None:
             self.copies = {name: local(target).detach().to(copies) for name, target in targets.items()}
@@ -236,14 +235,15 @@ class EMA:
                 return
             share = momentum_value(momentum)
             check_momentum_device(share, self._targets)
-            if self._kept is None or not (self._kept.holds() and same(copies, self._kept_copies)):
-                self._kept = None
+            asked = requested()
+            kept, its_copies = self._kept.pop(asked, (None, copies))
+            if kept is None or not (kept.holds() and same(copies, its_copies)):
                 check_pairs(("target_module", "source_module"), self._targets, self._sources, WIDE)
                 check_pairs(("target_module", "copies"), self._targets if copies else [], copies, WIDE)
                 lists = (self._targets, self._sources, copies)
-                self._kept = Kept(prepare(*lists), [tensor for tensors in lists for tensor in tensors])
-                self._kept_copies = copies
-            without_autocast(self._kept.run, share)
+                kept = Kept(prepare(*lists), [tensor for tensors in lists for tensor in tensors])
+            self._kept[asked] = kept, copies
+            without_autocast(kept.run, share)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}  # addresses are good in this process alone
+        return {**self.__dict__, "_kept": {}}  # addresses are good in this process alone

@@ -13,7 +13,7 @@ copies. The native library takes that one; the reference takes three: torch's Ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from ._adamw import Lists, Numbers, check_lists
 from ._adamw_step import Step
 from ._checks import describe
-from ._dispatch import without_autocast
+from ._dispatch import requested, without_autocast
 from ._native import COPY_DTYPES
 from ._optimizer_lists import Own, check_grads
 from ._optimizer_numbers import STATE, Scalars, check_group, check_state, numbers_of, on_device
@@ -51,6 +51,14 @@ def _moves_nothing(grads: list[Tensor], numbers: Numbers) -> bool:
 def _fixed(lists: Lists) -> Lists:
     """All but the gradients, which come and go and may be freed meanwhile."""
     return lists._replace(grads=[])
+
+
+class _Prepared(NamedTuple):
+    """A step, the tensors that it was prepared for, and the layouts of their gradients then."""
+
+    kept: Kept
+    lists: Lists
+    grad_layouts: list[tuple[int, ...]] | None
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -83,9 +91,6 @@ class AdamWEMA(torch.optim.Optimizer):
     """
 
     _own: Own | None = None
-    _kept: Kept | None = None
-    _lists: Lists | None = None
-    _grad_layouts: list[tuple[int, ...]] | None = None
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class AdamWEMA(torch.optim.Optimizer):
         for group in self.param_groups:
             check_group(group)
         self.momentum = momentum
+        self._kept: dict[str, _Prepared] = {}  # by the backend asked for
         all_params = [param for group in self.param_groups for param in group["params"]]
         if isinstance(shadows, Tensor) or not isinstance(shadows, Iterable):
             raise TypeError(f"shadows must be a list of tensors or None, got {describe(shadows)}")
@@ -202,15 +208,14 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _prepared(self, lists: Lists) -> Callable[[list[Tensor], Numbers], None]:
         """The step that was prepared for these tensors, as long as they are the same, whatever their gradients."""
-        kept, before, grad_layouts = self._kept, self._lists, layouts(lists.grads)
+        asked, grad_layouts = requested(), layouts(lists.grads)
+        prepared = self._kept.pop(asked, None)
         if (
-            kept is None
-            or before is None
-            or grad_layouts != self._grad_layouts
-            or not all(map(same, _fixed(lists), before))
-            or not kept.holds()
+            prepared is None
+            or grad_layouts != prepared.grad_layouts
+            or not all(map(same, _fixed(lists), prepared.lists))
+            or not prepared.kept.holds()
         ):
-            self._kept = None
             check_lists(lists)  # others may have replaced what was checked before, or loaded the state of another model
             step = Step(lists)
 
@@ -219,11 +224,11 @@ class AdamWEMA(torch.optim.Optimizer):
                 step.run(numbers)
 
             moments = [*lists.exp_avgs, *lists.exp_avg_sqs, *lists.steps]
-            self._kept = kept = Kept(
-                run, [*lists.params, *lists.shadows], [*moments, *lists.param_copies, *lists.shadow_copies]
-            )
-            self._lists, self._grad_layouts = _fixed(lists), grad_layouts
-        return kept.run
+            places = [*moments, *lists.param_copies, *lists.shadow_copies]
+            kept = Kept(run, [*lists.params, *lists.shadows], places)
+            prepared = _Prepared(kept, _fixed(lists), grad_layouts)
+        self._kept[asked] = prepared
+        return prepared.kept.run
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an AdamWEMA or of a torch.optim.AdamW (without amsgrad and maximize).
@@ -244,7 +249,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_momentum", "_shadows", "param_copies", "shadow_copies", "_copies_of")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        # what is kept holds addresses, which are good in this process alone
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_kept": {}}
 
     def _states(
         self, params: list[Tensor], grads: list[Tensor | None]
