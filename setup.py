@@ -27,7 +27,7 @@ RECORD = "native.json"
 
 
 class BuildError(Exception):
-    """CMake or a compiler refused; the message is one line of its output."""
+    """CMake or a compiler refused; the message is what it said first."""
 
 
 def run_cmake(build_folder: Path, options: list[str]) -> Path:
@@ -38,8 +38,11 @@ def run_cmake(build_folder: Path, options: list[str]) -> Path:
         print(done.stdout, file=sys.stderr)
         if done.returncode:
             lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-            blamed = [line for line in lines if "error" in line.lower()]
-            raise BuildError((blamed or lines or [f"cmake exited with {done.returncode}"])[0])
+            blamed = next((place for place, line in enumerate(lines) if "error" in line.lower()), 0)
+            its = lines[blamed : blamed + 1]
+            while its and its[-1].endswith(":") and lines[blamed + len(its) :]:  # CMake goes on on the next line
+                its.append(lines[blamed + len(its)])
+            raise BuildError(" ".join(its) or f"cmake exited with {done.returncode}")
     return next(build_folder / name for name in LIBRARIES if (build_folder / name).exists())
 
 

@@ -119,7 +119,7 @@ def test_editable_install_puts_the_library_beside_the_sources(built):
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
-    [({"PATH": "/nonexistent"}, "cmake and ninja not found"), ({"CXX": "/nonexistent/c++"}, "the C++ build failed")],
+    [({"PATH": "/nonexistent"}, "cmake and ninja not found"), ({"CXX": "/nonexistent/c++"}, "/nonexistent/c++")],
     ids=["no cmake", "no compiler"],
 )
 def test_without_a_compiler_the_package_installs_and_keeps_the_reason(
@@ -135,7 +135,7 @@ def test_without_a_compiler_the_package_installs_and_keeps_the_reason(
         record = json.loads(archive.read("vjepa/kernels/native.json"))
         assert not [name for name in archive.namelist() if name.endswith(".so")]
     assert record["library"] is None
-    assert record["cpu"].startswith(reason)
+    assert reason in record["cpu"]
     assert record["cuda"]
 
 
