@@ -112,9 +112,8 @@ def scalars_of(numbers: Numbers) -> tuple[AdamWScalars, float]:
 class CPUStep(Step):
     """In one threaded pass on the CPU, which counts the steps; the result does not depend on the number of threads."""
 
-    def __init__(self, lists: Lists, threads: int | None = None) -> None:
+    def __init__(self, lists: Lists) -> None:
         super().__init__(lists)
-        self.threads = threads
         self.set_column("step", list(addresses(lists.steps)))
 
     def run(self, numbers: Numbers) -> None:
@@ -124,7 +123,7 @@ class CPUStep(Step):
             groups += [number] * (places.stop - places.start)
         self.set_column("group", groups)
         scalars, momentum = scalars_of(numbers)
-        threads = torch.get_num_threads() if self.threads is None else self.threads
+        threads = torch.get_num_threads()
         table, group_rows = table_of(AdamWEntry, self.words), (AdamWGroup * len(rows))(*rows)
         check(library().vjepa_adamw_cpu(table, len(table), group_rows, len(rows), scalars, momentum, threads))
 

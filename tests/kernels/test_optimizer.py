@@ -278,47 +278,6 @@ def test_works_with_schedulers_and_closures():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
-def test_gradients_are_multiplied_by_a_factor(each_backend):
-    def groups(params):
-        return [{"params": params[:1]}, {"params": params[1:]}]
-
-    for factors in (torch.tensor(0.25), [torch.tensor(0.25)] * 2, [torch.tensor(3.0), None]):
-        ours = parameters()
-        plain = clones(ours)
-        optimizer, adamw = AdamWEMA(groups(ours), [None] * 3, **HYPER), torch.optim.AdamW(groups(plain), **HYPER)
-        for step in range(3):
-            set_gradients(ours, step)
-            set_gradients(plain, step)
-            optimizer.step(grad_factor=factors)
-            of_groups = [factors] * 2 if isinstance(factors, torch.Tensor) else factors
-            for group, factor in zip(adamw.param_groups, of_groups, strict=True):
-                for param in group["params"]:
-                    param.grad *= 1.0 if factor is None else factor
-            adamw.step()
-        assert_nearly(ours, plain, "other roundings")
-
-
-@pytest.mark.parametrize(
-    ("factor", "error", "sentence"),
-    [
-        (0.5, TypeError, "grad_factor must be a 0-d float32 tensor or a list, got float 0.5"),
-        ([0.5], TypeError, "grad_factor must be a 0-d float32 tensor, got float 0.5"),
-        (torch.ones(1), TypeError, r"grad_factor must be a 0-d float32 tensor, got \(1,\) float32"),
-        (torch.ones((), dtype=torch.float64), TypeError, "grad_factor must be a 0-d float32 tensor"),
-        ([None, None], ValueError, "grad_factor must have 1 entries like groups, got 2"),
-        (torch.ones((), device="meta"), ValueError, "grad_factor must be on the device of"),
-    ],
-)
-def test_refuses_a_factor_and_changes_nothing(factor, error, sentence):
-    ours, shadows = parameters(), parameters(1)
-    before = clones(ours)
-    optimizer = AdamWEMA(ours, shadows)
-    set_gradients(ours, 0)
-    with pytest.raises(error, match=sentence):
-        optimizer.step(grad_factor=factor)
-    assert same(ours, before)
-
-
 def test_two_hundred_steps_of_training_stay_together(each_backend):
     """A small network on a fixed task: weights, averages and losses as with PyTorch's AdamW and an average beside it."""
     torch.manual_seed(0)

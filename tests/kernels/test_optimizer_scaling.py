@@ -50,13 +50,54 @@ def test_after_an_infinite_gradient_only_the_averages_move():
             assert all(map(torch.equal, params, others))
 
 
+@pytest.mark.parametrize(
+    "factors", [torch.tensor(0.25), [torch.tensor(0.25)] * 2, [torch.tensor(3.0), None]], ids=["one", "two", "for one"]
+)
+def test_gradients_are_multiplied_by_a_factor(factors):
+    def groups(params):
+        return [{"params": params[:1]}, {"params": params[1:]}]
+
+    (params, _), (others, _) = network(), network()
+    optimizer, adamw = AdamWEMA(groups(params), [None] * 2, **HYPER), torch.optim.AdamW(groups(others), **HYPER)
+    given = [param.grad.clone() for param in params]
+    of_groups = [factors] * 2 if isinstance(factors, torch.Tensor) else factors
+    for param, factor in zip(others, of_groups, strict=True):
+        param.grad *= 1.0 if factor is None else factor
+    for _ in range(3):
+        optimizer.step(grad_factor=factors)
+        adamw.step()
+    for ours, plain in zip(params, others, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-6)
+    assert all(torch.equal(param.grad, grad) for param, grad in zip(params, given, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "sentence"),
+    [
+        (0.5, TypeError, "grad_factor must be a 0-d float32 tensor or a list, got float 0.5"),
+        ([0.5], TypeError, "grad_factor must be a 0-d float32 tensor, got float 0.5"),
+        (torch.ones(1), TypeError, r"grad_factor must be a 0-d float32 tensor, got \(1,\) float32"),
+        (torch.ones((), dtype=torch.float64), TypeError, "grad_factor must be a 0-d float32 tensor"),
+        ([None, None], ValueError, "grad_factor must have 1 entries like groups, got 2"),
+        (torch.ones((), device="meta"), ValueError, "grad_factor must be on the device of"),
+    ],
+)
+def test_refuses_a_factor_and_changes_nothing(factor, error, sentence):
+    params, shadows = network()
+    before = [tensor.clone() for tensor in (*params, *shadows)]
+    optimizer = AdamWEMA(params, shadows)
+    with pytest.raises(error, match=sentence):
+        optimizer.step(grad_factor=factor)
+    assert all(map(torch.equal, (*params, *shadows), before))
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("found", [False, True])
 def test_grad_scaler_leaves_the_scale_to_the_step(found):
     (params, shadows), (others, _) = network(), network()
     optimizer, adamw = AdamWEMA(params, shadows, **HYPER), torch.optim.AdamW(others, **HYPER)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     assert optimizer._step_supports_amp_scaling
-    sum((param * torch.ones_like(param)).sum() for param in params)  # nothing: gradients are given
     for param in params:
         param.grad *= 1024.0
     if found:

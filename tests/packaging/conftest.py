@@ -1,4 +1,5 @@
-"""Builds the package once: sdist from a copy of the tree, wheel from the sdist, editable wheel from the copy."""
+"""Builds the package once: sdist from a copy of the tree, wheel from the sdist, editable wheel from the copy. And both
+kinds of threads of the native library."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from vjepa.kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib", "*.dll", "native.json", "results", "*.egg-info")
@@ -71,3 +74,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folder / name)
     return Built(source, sdist, wheel, folder / "wheel_tree", folder / "editable_tree")
+
+
+@pytest.fixture(params=["PyTorch's threads", "own threads"])
+def team(request):
+    """Both kinds of threads, if PyTorch's OpenMP runtime has the interface."""
+    address = _native.openmp_team()
+    if request.param == "own threads":
+        _native.library().vjepa_set_team(None)
+    elif address is None:
+        pytest.skip("PyTorch's OpenMP runtime has no GOMP_parallel")
+    yield request.param
+    _native.library().vjepa_set_team(address)

@@ -120,18 +120,6 @@ def test_copies_that_are_written_past_the_caches(copy_dtype, shift):
     assert_formula(before, sources, targets, copies)
 
 
-@pytest.fixture(params=["PyTorch's threads", "own threads"])
-def team(request):
-    """Both kinds of threads, if PyTorch's OpenMP runtime has the interface."""
-    address = _native.openmp_team()
-    if request.param == "own threads":
-        _native.library().vjepa_set_team(None)
-    elif address is None:
-        pytest.skip("PyTorch's OpenMP runtime has no GOMP_parallel")
-    yield request.param
-    _native.library().vjepa_set_team(address)
-
-
 def test_neither_the_threads_nor_their_number_change_a_bit(team):
     alone = updated(1)
     for threads in (2, 3, 64):
@@ -289,34 +277,6 @@ def test_chunks_cover_every_element_once():
         targets, sources = [torch.zeros(size) for size in sizes], [torch.ones(size) for size in sizes]
         cuda_code_on_host(targets, sources, 0.75, elements=64)
         assert all(torch.equal(target, torch.full_like(target, 0.25)) for target in targets)
-
-
-@pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1003])
-def test_words_are_written_in_pieces(count):
-    words = torch.arange(1, count + 1)
-    written = torch.zeros(count + 2, dtype=torch.int64)
-    _native.check(_native.library().vjepa_write_cuda_on_host(written.data_ptr(), words.data_ptr(), count))
-    assert torch.equal(written[:count], words)
-    assert not written[count:].any()
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"elements": 6}, "not a multiple"),
-        ({"elements": 0}, "a size is negative"),
-        ({"count": -1}, "a size is negative"),
-        ({"num_chunks": 2**31}, "too large"),
-        ({"first_chunks": None}, "a pointer to at least one element is null"),
-    ],
-)
-def test_a_grid_that_cannot_be_is_refused(change, sentence):
-    words, chunks = _native_ema.words([torch.zeros(8)], [torch.ones(8)], ()), _native_launch.first_chunks([8], 4)
-    grid = grid_of(chunks, 4)
-    for name, value in change.items():
-        setattr(grid, name, value)
-    with pytest.raises(_native.NativeError, match=sentence):
-        _native.check(_native.library().vjepa_ema_cuda_on_host(words.buffer_info()[0], grid, 0.5, None))
 
 
 def test_nothing_to_do():

@@ -1,4 +1,5 @@
-"""Launches of the optimizer step's CUDA kernel: groups, windows and counts, with its code executed on the host."""
+"""What comes before the CUDA kernels, executed on the host: tables that are written, grids, and an optimizer step's groups,
+windows and counts."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vjepa.kernels import _native, _native_launch
+from vjepa.kernels import _native, _native_ema, _native_launch
 from vjepa.kernels._adamw import Lists, Numbers
 from vjepa.kernels._native_adamw import MAXIMUM_GROUPS, CPUStep, CUDAStep
 
@@ -184,3 +185,31 @@ def test_a_table_goes_to_the_device_again_only_if_it_or_the_stream_is_another(mo
     assert device.written == 5
     _native_launch.DeviceTable([0, 0], 4, torch.device("cpu")).launch(array("q"), device.kernel)  # nothing to do
     assert device.written == 5
+
+
+@pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1003])
+def test_words_are_written_in_pieces(count):
+    words = torch.arange(1, count + 1)
+    written = torch.zeros(count + 2, dtype=torch.int64)
+    _native.check(_native.library().vjepa_write_cuda_on_host(written.data_ptr(), words.data_ptr(), count))
+    assert torch.equal(written[:count], words)
+    assert not written[count:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"elements": 6}, "not a multiple"),
+        ({"elements": 0}, "a size is negative"),
+        ({"count": -1}, "a size is negative"),
+        ({"num_chunks": 2**31}, "too large"),
+        ({"first_chunks": None}, "a pointer to at least one element is null"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(change, sentence):
+    words, chunks = _native_ema.words([torch.zeros(8)], [torch.ones(8)], ()), _native_launch.first_chunks([8], 4)
+    grid = _native.Grid(chunks.buffer_info()[0], 1, chunks[-1], 4)
+    for name, value in change.items():
+        setattr(grid, name, value)
+    with pytest.raises(_native.NativeError, match=sentence):
+        _native.check(_native.library().vjepa_ema_cuda_on_host(words.buffer_info()[0], grid, 0.5, None))

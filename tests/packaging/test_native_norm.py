@@ -75,18 +75,6 @@ def test_every_size_in_the_same_bits_everywhere(dtype, shift):
     assert torch.equal(together, cuda_code_on_host(gradients, [5, len(gradients) - 5]))
 
 
-@pytest.fixture(params=["PyTorch's threads", "own threads"])
-def team(request):
-    """Both kinds of threads, if PyTorch's OpenMP runtime has the interface."""
-    address = _native.openmp_team()
-    if request.param == "own threads":
-        _native.library().vjepa_set_team(None)
-    elif address is None:
-        pytest.skip("PyTorch's OpenMP runtime has no GOMP_parallel")
-    yield request.param
-    _native.library().vjepa_set_team(address)
-
-
 RUN, ROW, SMALL = 2048, 32, 2.0**-12
 
 
