@@ -33,6 +33,19 @@ def check_grads(params: list[Tensor], grads: list[Tensor]) -> None:
             raise ValueError(f"gradients must be sharded like their parameter {describe(param)}, got another placement")
 
 
+def gradients(params: list[Tensor], copies: dict[Tensor, Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """For each parameter the tensor that learns, itself or its copy, and the gradient of that, None without one."""
+    learning, grads = list(params), [param.grad for param in params]
+    for place, param in enumerate(params if copies else ()):
+        copy, _ = copies.get(param, (None, None))
+        if copy is None or copy.grad is None:
+            continue
+        if grads[place] is not None:
+            raise ValueError(f"params must have a gradient or their copy has, got both for {describe(param)}")
+        learning[place], grads[place] = copy, copy.grad
+    return learning, grads
+
+
 class Own:
     """What belongs to a list of parameters at every step, in their order; empty tensors for what they lack."""
 

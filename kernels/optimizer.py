@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._adamw import Lists, Numbers, check_lists
 from ._adamw_step import Step
 from ._checks import describe
 from ._dispatch import requested, without_autocast
 from ._native import COPY_DTYPES
-from ._optimizer_lists import Own, check_grads
+from ._optimizer_lists import Own, check_grads, gradients
 from ._optimizer_numbers import STATE, Scalars, check_group, check_state, numbers_of, on_device
 from ._tensor_lists import (
     WIDE,
@@ -46,6 +46,10 @@ def _moves_nothing(grads: list[Tensor], numbers: Numbers) -> bool:
     """Whether there are gradients, all of them 0, and so is lr; one on a device passes for another."""
     learns = numbers.lrs or any(lr for _, (lr, *_) in numbers.groups())
     return bool(grads) and not learns and not any(bool(local(grad).any()) for grad in grads)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return nn.Parameter(local(tensor).detach().to(dtype, copy=True), requires_grad=False)
 
 
 def _fixed(lists: Lists) -> Lists:
@@ -78,7 +82,9 @@ class AdamWEMA(torch.optim.Optimizer):
         momentum: see above. It is not in the state_dict, which is exactly that of torch.optim.AdamW, to and from which
             it loads; nor are the shadows: they belong to the network that follows.
         param_copies, shadow_copies: lists in the order of the parameters (None where there is no shadow); empty without
-            `copies`. Call `refresh_copies()` after writing to parameters or shadows by other means than `step()`.
+            `copies`. Call `refresh_copies()` after writing to parameters or shadows by other means than `step()`. A network
+            may compute with the copies themselves: let them require gradients, and `step` takes the gradient of a
+            parameter that has none from its copy, in the copy's dtype.
 
     A parameter without a gradient keeps its value, its shadow still follows. Everything is checked before anything is
     written. Groups added later have no shadows. Parameters may lie on several devices. DTensors are updated shard by
@@ -136,8 +142,9 @@ class AdamWEMA(torch.optim.Optimizer):
         self.param_copies: list[Tensor] = []
         self.shadow_copies: list[Tensor | None] = []
         if copies is not None:
-            self.param_copies = [local(p).detach().to(copies, copy=True) for p in all_params]
-            self.shadow_copies = [None if s is None else local(s).detach().to(copies) for s in all_shadows]
+            # as nn.Parameter, so that a module can hold them
+            self.param_copies = [_copy(param, copies) for param in all_params]
+            self.shadow_copies = [None if shadow is None else _copy(shadow, copies) for shadow in all_shadows]
         self._copies_of: dict[Tensor, tuple[Tensor, Tensor | None]] = dict(
             zip(all_params, zip(self.param_copies, self.shadow_copies, strict=True), strict=False)
         )
@@ -187,10 +194,10 @@ class AdamWEMA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = [param for group in self.param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
+        learning, grads = gradients(params, self._copies_of)
         numbers = numbers_of(self, grad_factor, found_inf)
         there = [grad for grad in grads if grad is not None]
-        check_grads([param for param, grad in zip(params, grads, strict=True) if grad is not None], there)
+        check_grads([tensor for tensor, grad in zip(learning, grads, strict=True) if grad is not None], there)
         if not self.state and _moves_nothing(there, numbers):
             # torch.distributed.checkpoint makes the state of a new optimizer by such a step: nothing may move in it
             numbers = numbers._replace(momentum=1.0)
@@ -205,6 +212,15 @@ class AdamWEMA(torch.optim.Optimizer):
             without_autocast(self._prepared(lists), lists.grads, numbers)
         self.state.update(begun)  # now that nothing was refused
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of parameters and copies, or set them to 0."""
+        super().zero_grad(set_to_none)
+        for copy in self.param_copies:
+            if set_to_none:
+                copy.grad = None
+            elif copy.grad is not None:
+                copy.grad.zero_()
 
     def _prepared(self, lists: Lists) -> Callable[[list[Tensor], Numbers], None]:
         """The step that was prepared for these tensors, as long as they are the same, whatever their gradients."""

@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
 from vjepa.config import VJEPAConfig
@@ -36,6 +34,13 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read, with the reason in one sentence."""
+
+
+def _safetensors() -> Any:
+    """Imported where files are written or read: a step needs torch alone."""
+    import safetensors.torch
+
+    return safetensors
 
 
 def step_name(step: int) -> str:
@@ -103,7 +108,7 @@ def write_checkpoint(
         temporary.mkdir()
         _write_files(temporary, model, optimizer, state)
         _move_into_place(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, _safetensors().SafetensorError) as error:
         raise CheckpointError(
             f"Could not save checkpoint {path}: {_reason(error)}. Checkpoints saved before are untouched."
         ) from error
@@ -159,7 +164,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     Raises:
         OSError, safetensors.SafetensorError: The file cannot be written.
     """
-    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    _safetensors().torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -169,8 +174,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: The file is missing, truncated or no safetensors file.
     """
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        return _safetensors().torch.load_file(path)
+    except (OSError, _safetensors().SafetensorError) as error:
         raise CheckpointError(f"Cannot read {path}: {_reason(error)}.") from error
 
 

@@ -13,7 +13,9 @@ _spec = importlib.util.spec_from_file_location("golden_curve", GOLDEN / "curve.p
 golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
 
-SAMPLE = 3.0  # what was recorded as rounding is the difference of one pair of runs; other roundings differ by a few times
+SAMPLE = (
+    3.0  # what was recorded as rounding is the difference of one pair of runs; other roundings differ by a few times
+)
 
 
 def distance(losses: list[float], recorded: list[float]) -> float:

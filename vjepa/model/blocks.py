@@ -3,8 +3,8 @@
     x <- x + proj(attention(qkv(norm1(x))))
     x <- x + fc2(gelu(fc1(norm2(x))))                x [N, D]: the tokens of all sequences, one after the other
 
-Under autocast the matrix products run in the low precision, while x stays in the weights' precision; norms are computed
-in it too, and rounded once, to that of the product which takes them.
+Matrix products run in the precision of `vjepa.model.precision`, while x stays in that of the tokens; norms are computed in
+it too, and rounded once, to that of the product which takes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vjepa.kernels import add_layer_norm, mlp, varlen_attention
+from vjepa.model.precision import product_dtype
 
 LAYER_NORM_EPS = 1e-6  # of every norm in encoder and predictor; the released weights were trained with it
 
@@ -61,15 +62,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, normed = add_norm(x, branch, self.norm1)
-        x, normed = add_norm(x, self.attn(normed, cu_seqlens, lengths), self.norm2)
+        x, normed = add_norm(x, branch, self.norm1, product_dtype(self.attn.qkv.weight))
+        branch = self.attn(normed, cu_seqlens, lengths)
+        x, normed = add_norm(x, branch, self.norm2, product_dtype(self.mlp.fc1.weight))
         return x, self.mlp(normed)
 
 
-def add_norm(
-    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """The sum, and its norm, by default in the precision of the matrix products that take it."""
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm in `dtype`, that of the matrix product which takes it."""
     return add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
 
 

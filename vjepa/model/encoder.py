@@ -9,6 +9,7 @@ from vjepa.config import VJEPAConfig
 from vjepa.kernels import TokenIndices, tubelet_embed
 from vjepa.model.blocks import LAYER_NORM_EPS, Block, add_norm, run_blocks
 from vjepa.model.position_table import PositionTable
+from vjepa.model.precision import product_dtype
 
 
 class TubeletProjection(nn.Module):
@@ -34,12 +35,8 @@ class PatchEmbed(nn.Module):
         self.mean, self.std = config.normalisation
 
     def forward(self, video: Tensor, pos_embed: Tensor, indices: TokenIndices | None = None) -> Tensor:
-        weight: Tensor = self.proj.weight
-        bias: Tensor = self.proj.bias
-        device = video.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)  # of the product; float32 positions keep the tokens in float32
-            weight, bias = weight.to(dtype), bias.to(dtype)
+        dtype = product_dtype(self.proj.weight)  # float32 positions keep the tokens in float32
+        weight, bias = self.proj.weight.to(dtype), self.proj.bias.to(dtype)
         if video.is_floating_point():
             return tubelet_embed(video.to(weight.dtype), weight, bias, pos_embed, indices)
         return tubelet_embed(video, weight, bias, pos_embed, indices, mean=self.mean, std=self.std)

@@ -7,6 +7,7 @@ from vjepa.config import VJEPAConfig
 from vjepa.kernels import TokenIndices, predictor_tokens
 from vjepa.model.blocks import LAYER_NORM_EPS, Block, add_norm, run_blocks
 from vjepa.model.position_table import PositionTable
+from vjepa.model.precision import apply_linear, product_dtype
 
 MLP_RATIO = 4.0  # whatever the encoder's, as in the released predictors
 
@@ -50,14 +51,15 @@ class Predictor(nn.Module):
             raise TypeError(f"context must be a floating-point tensor, got {given}")
         if context.ndim != 2 or context.shape[1] != self.config.embed_dim:
             raise ValueError(f"context must have shape (Nc, {self.config.embed_dim}), got {tuple(context.shape)}")
-        embedded = self.predictor_embed(context)
+        embedded = apply_linear(self.predictor_embed, context)
         pos_embed = self.positions(grid or self.config.grid)
         tokens, sets = predictor_tokens(embedded, self.mask_tokens, pos_embed, context_idx, target_idx, kind)
         checkpointing = self.activation_checkpointing
         x, branch = run_blocks(self.predictor_blocks, tokens, sets.cu_seqlens, sets.lengths, checkpointing)
         rows = target_rows(context_idx, target_idx)
         x, branch = x.index_select(0, rows), None if branch is None else branch.index_select(0, rows)
-        return self.predictor_proj(add_norm(x, branch, self.predictor_norm)[1])
+        dtype = product_dtype(self.predictor_proj.weight)
+        return self.predictor_proj(add_norm(x, branch, self.predictor_norm, dtype)[1])
 
 
 def target_rows(context_idx: TokenIndices, target_idx: TokenIndices) -> Tensor:

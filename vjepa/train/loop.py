@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,12 @@ import torch
 
 from vjepa.checkpoint import CHECKPOINTS, list_checkpoints, prune_checkpoints, step_name
 from vjepa.data import Batch, ClipLoader, DataError
-from vjepa.masks import Masks
 from vjepa.model import VJEPA
 from vjepa.monitors import CollapseAlarm
 from vjepa.train.config import PretrainConfig
 from vjepa.train.distributed import World, any_rank, barrier, distributed_world, gather_objects
 from vjepa.train.guard import NonFiniteError, save_bundle
+from vjepa.train.numbers import StepNumbers
 from vjepa.train.plain import to_plain
 from vjepa.train.progress import ProgressLine
 from vjepa.train.randomness import seed_everything
@@ -41,6 +42,7 @@ from vjepa.train.trainer import Trainer
 log = logging.getLogger("vjepa")
 
 COLLAPSE_EXIT_CODE = 3
+RECENT = 2  # batches kept: a GPU tells of a step that was not finite when the next one is under way
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class _Run:
         self.trainer = Trainer(VJEPA(model_config), config.train)
         self.alarm = CollapseAlarm()
         self.saved, self.skipped = -1, 0
+        self.recent: deque[tuple[int, Batch]] = deque(maxlen=RECENT)
         on_cpu = self.trainer.device.type == "cpu"
         self.threads = threads_beside(config.data.num_workers) if on_cpu else torch.get_num_threads()
         self._resume()
@@ -211,6 +214,9 @@ class _Run:
                     self._save()
                 if collapsed:
                     break
+            trainer.settle()
+        except NonFiniteError as error:
+            raise self._bundle(error) from error
         finally:
             batches.close()
         signal = any_rank(self.stop.received) if trainer.steps_done < config.train.last_step else 0
@@ -250,24 +256,24 @@ class _Run:
         if self.trainer.steps_done and self.world.size == 1:  # saving takes all processes; the others are in their step
             self._save()
 
-    def _step(self, batch: Batch, monitors: bool) -> dict[str, float]:
+    def _step(self, batch: Batch, monitors: bool) -> StepNumbers:
         assert batch.masks is not None  # the loader was given a sampler
         for bad in batch.bad:
             self.bad_files.note(self.trainer.steps_done + 1, bad.path, bad.reason)
+        self.recent.append((self.trainer.steps_done, batch))
         began = time.perf_counter()
-        try:
-            numbers = self.trainer.step(batch.video, batch.masks, monitors=monitors)
-        except NonFiniteError as error:
-            raise self._bundle(batch, batch.masks, error) from error
+        numbers = self.trainer.step(batch.video, batch.masks, monitors=monitors)
         self.window_compute += time.perf_counter() - began
         self.window_clips += batch.video.shape[0] * self.world.size
         return numbers
 
-    def _bundle(self, batch: Batch, masks: Masks, error: NonFiniteError) -> NonFiniteError:
+    def _bundle(self, error: NonFiniteError) -> NonFiniteError:
+        batch = next(batch for step, batch in self.recent if step == error.step)
+        assert batch.masks is not None
         clips = [str(clip.path) for clip in batch.clips]
         name = step_name(error.step) + (f"_rank{self.world.rank}" if self.world.rank else "")
         bundle = save_bundle(
-            self.directory / "nonfinite" / name, self.trainer, batch.video, masks, error, to_plain(batch.clips)
+            self.directory / "nonfinite" / name, self.trainer, batch.video, batch.masks, error, to_plain(batch.clips)
         )
         return NonFiniteError(error.step, error.values, error.parameters, clips, bundle)
 
@@ -276,7 +282,7 @@ class _Run:
         self.window_wait = self.window_compute = 0.0
         self.window_clips = 0
 
-    def _log(self, numbers: dict[str, float]) -> dict[str, Any]:
+    def _log(self, numbers: StepNumbers) -> dict[str, Any]:
         """Writes a line of metrics; times are sums over the steps since the line before."""
         seconds = time.perf_counter() - self.window_began
         line = {

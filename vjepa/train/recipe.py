@@ -41,6 +41,8 @@ class TrainConfig:
         batch_size: Clips per optimizer step and process.
         accumulation_steps: Micro-batches one step is computed in; less memory, the same gradient to rounding.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
+        target_graph: Launch the target encoder as one CUDA graph: less work for the host, more memory. Needs a CUDA
+            device, bf16 and a single process.
         device: "auto" (CUDA when there is one, else the CPU), or a torch device such as "cpu" or "cuda:1".
         steps: Stop after this many of total_steps (the schedules stay laid out over total_steps); null runs all.
 
@@ -65,6 +67,7 @@ class TrainConfig:
     batch_size: int = 24
     accumulation_steps: int = 1
     activation_checkpointing: bool = False
+    target_graph: bool = False
     device: str = "auto"
     steps: int | None = None
 

@@ -8,6 +8,7 @@ Step k, from 0:  lr, weight decay, momentum m <- schedules at k
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,14 @@ from vjepa.model import VJEPA
 from vjepa.monitors import collapse_metrics
 from vjepa.train.distributed import current_world, gather_objects, mean_over_ranks
 from vjepa.train.guard import NonFiniteError
+from vjepa.train.low_precision import COPIES, LowPrecision
+from vjepa.train.numbers import StepNumbers
 from vjepa.train.optimizer import load_moments, moment_tensors, parameter_groups
 from vjepa.train.plain import to_plain
 from vjepa.train.randomness import random_state, set_random_state
 from vjepa.train.recipe import TrainConfig
+from vjepa.train.target_graph import TargetGraph
+from vjepa.train.transfer import Transfer
 
 
 class _Outputs(nn.Module):
@@ -93,19 +98,32 @@ class Trainer:
         self._schedules = config.schedules()
         model.set_activation_checkpointing(config.activation_checkpointing)
         groups, shadows = parameter_groups(model)
-        self.optimizer = AdamWEMA(groups, shadows, betas=config.betas, eps=config.eps)
-        self._clipped_apart = {
+        on_cpu, alone = self.device.type == "cpu", current_world().size == 1
+        # with several processes gradients are averaged in float32, which autocast gives
+        copies = COPIES if config.precision == "bf16" and alone else None
+        self.optimizer = AdamWEMA(
+            groups, shadows, betas=config.betas, eps=config.eps, copies=copies, capturable=not on_cpu
+        )
+        self._low = LowPrecision(model, self.optimizer) if copies else None
+        self._parts = {
             "encoder": list(model.encoder.parameters()),
             "predictor": list(model.predictor.parameters()),
         }
-        self._forward: nn.Module = _Outputs(model)
-        if current_world().size > 1:
-            self._forward = DistributedDataParallel(
-                self._forward, device_ids=[self.device] if self.device.type == "cuda" else None
-            )
+        network = self._low.twin if self._low else model
+        if config.target_graph:
+            if self._low is None or on_cpu:
+                raise ValueError("train.target_graph needs a CUDA device, precision bf16 and a single process.")
+            network.target_encoder = TargetGraph(network.target_encoder)
+        self._forward: nn.Module = _Outputs(network)
+        if not alone:
+            self._forward = DistributedDataParallel(self._forward, device_ids=None if on_cpu else [self.device])
+        self._transfer = Transfer(self.device)
+        self._waits = on_cpu  # for the numbers of a step before it changes the weights
+        self._halted = torch.zeros((), device=self.device)
+        self._awaited: StepNumbers | None = None
 
-    def step(self, video: torch.Tensor, masks: Masks, *, monitors: bool = False) -> dict[str, float]:
-        """Trains on one batch.
+    def step(self, video: torch.Tensor, masks: Masks, *, monitors: bool = False) -> StepNumbers:
+        """Trains on one batch. On a GPU nothing waits for it: what it computed arrives while the host goes on.
 
         Args:
             video: Clips [B, C, T, H, W], uint8 or float, on any device.
@@ -113,13 +131,14 @@ class Trainer:
             monitors: Also measure target_std, effective_rank and predictor_variance (see `vjepa.monitors`).
 
         Returns:
-            loss (mean over processes), lr, weight_decay, momentum, grad_norm_encoder and grad_norm_predictor (before
-            clipping), and the monitors when asked for.
+            A mapping of floats: loss (mean over processes), lr, weight_decay, momentum, grad_norm_encoder and
+            grad_norm_predictor (before clipping), and the monitors when asked for. On a GPU, reading one waits for it.
 
         Raises:
             ValueError: Not one mask pair per clip, or fewer clips than accumulation_steps.
-            NonFiniteError: Loss or gradients are not finite; weights, optimizer and random generators are then as
-                before the call.
+            NonFiniteError: Loss or gradients of a step are not finite: of this one on a CPU, of the one before on a GPU,
+                where `settle`, `save` and reading a number tell it too. Weights, optimizer, random generators and
+                steps_done are then as before that step, whatever was done since.
         """
         if video.shape[0] != masks.num_clips:
             raise ValueError(f"masks must be for the {video.shape[0]} clips of video, got masks for {masks.num_clips}.")
@@ -127,24 +146,81 @@ class Trainer:
         scheduled = self._schedules.at(self.steps_done)
         self._set_schedules(*scheduled)
         loss, measured = self._accumulate_gradients(video, masks, monitors)
-        parts = self._clipped_apart
-        norms = dict(zip(parts, gradient_norms([p.grad for p in its] for its in parts.values()), strict=True))
-        tensors = {"loss": loss, **{f"grad_norm_{part}": norm for part, norm in norms.items()}, **measured}
-        # The only wait for the device in a step: the guard needs these numbers before the weights may change.
-        numbers = dict(zip(tensors, torch.stack([t.float() for t in tensors.values()]).tolist(), strict=True))
-        guarded = {name: numbers[name] for name in ("loss", *(f"grad_norm_{part}" for part in parts))}
-        if not all(abs(number) < float("inf") for number in guarded.values()):
-            raise self._refuse(guarded, generator_before)
-        self.optimizer.step(grad_factor=self._clip_factors(norms))
-        self.optimizer.zero_grad(set_to_none=True)
+        norms = dict(zip(self._parts, gradient_norms(self._gradients(part) for part in self._parts), strict=True))
+        guarded = {"loss": loss, **{f"grad_norm_{part}": norm for part, norm in norms.items()}}
+
+        def check(numbers: dict[str, float]) -> None:
+            self._check({name: numbers[name] for name in guarded}, step, (video, masks), generator_before)
+
+        step = self.steps_done
+        numbers = StepNumbers(scheduled._asdict(), {**guarded, **measured}, check)
+        if self._waits:
+            numbers.settle()  # raises before the weights change
+        found_inf = None if self._waits else self._halt(guarded, scheduled.momentum)
+        self.optimizer.step(grad_factor=self._clip_factors(norms), found_inf=found_inf)
+        self._forget_gradients()
+        if self._low is not None:
+            self._low.written()
         self.steps_done += 1
-        return {
-            "loss": numbers.pop("loss"),
-            "lr": scheduled.lr,
-            "weight_decay": scheduled.weight_decay,
-            "momentum": scheduled.momentum,
-            **numbers,
-        }
+        self._settle_and_await(numbers)
+        return numbers
+
+    def settle(self) -> None:
+        """Waits for the last step on a GPU; raises NonFiniteError if it was refused."""
+        self._settle_and_await(None)
+
+    def _settle_and_await(self, numbers: StepNumbers | None) -> None:
+        """Looks at the step before, which the device has done or nearly so: the host is never further ahead."""
+        before, self._awaited = self._awaited, numbers
+        if before is not None:
+            try:
+                before.settle()
+            except NonFiniteError:
+                self._awaited = None  # a step that came after the refused one was left out by the device
+                raise
+
+    def _halt(self, guarded: dict[str, torch.Tensor], momentum: float) -> torch.Tensor:
+        """1 on the device from a step that is not finite until the host has noticed, else 0; then averages stay, too."""
+        finite = torch.stack([value.float() for value in guarded.values()]).isfinite().all()
+        self._halted = torch.maximum(self._halted, 1 - finite.to(torch.float32))
+        moving = torch.full((), momentum, dtype=torch.float64, device=self.device)
+        self.optimizer.momentum = torch.where(self._halted > 0, 1.0, moving)
+        return self._halted
+
+    def _check(
+        self,
+        values: dict[str, float],
+        step: int,
+        batch: tuple[torch.Tensor, Masks],
+        generator_before: torch.Tensor,
+    ) -> None:
+        """Raise NonFiniteError, everything being as before `step`, unless its numbers are finite."""
+        if all(map(math.isfinite, values.values())):
+            return
+        self.steps_done = step
+        self._halted = torch.zeros((), device=self.device)
+        self._forget_gradients()
+        self._accumulate_gradients(*batch, monitors=False)  # once more, to name those that are not finite
+        bad = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if (gradient := self._gradient(parameter)) is not None and not bool(gradient.isfinite().all())
+        ]
+        self._forget_gradients()
+        torch.set_rng_state(generator_before)
+        raise NonFiniteError(step, values, bad)
+
+    def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of a parameter, or of its copy that the step computes with."""
+        if parameter.grad is None and self._low is not None and parameter in self._low.of:
+            return self._low.of[parameter].grad
+        return parameter.grad
+
+    def _gradients(self, part: str) -> list[torch.Tensor | None]:
+        return list(map(self._gradient, self._parts[part]))
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
         for group in self.optimizer.param_groups:
@@ -167,6 +243,9 @@ class Trainer:
         self, video: torch.Tensor, masks: Masks, monitors: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Gradients of the batch loss, one micro-batch after the other; monitors look at the first."""
+        if self._low is not None:
+            self._low.refresh()
+        autocast = self.config.precision == "bf16" and self._low is None
         parts = masks.split(self.config.accumulation_steps)
         videos = video.split([part.num_clips for part in parts])
         total = torch.zeros((), device=self.device)
@@ -174,26 +253,18 @@ class Trainer:
         for number, (clips, part) in enumerate(zip(videos, parts, strict=True)):
             if isinstance(self._forward, DistributedDataParallel):
                 self._forward.require_backward_grad_sync = number == len(parts) - 1
-            clips, part = clips.to(self.device, non_blocking=True), part.to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            clips, part = self._transfer(clips, part)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                 loss, prediction, features = self._forward(clips, part)
             # The loss is a mean over sets, so a micro-batch counts by its share of them.
             loss = loss * (part.num_sets / masks.num_sets)
             loss.backward()
             total += loss.detach()
+            if self._low is not None and len(parts) > 1:
+                self._low.add_gradients()
             if monitors and number == 0:
                 measured = collapse_metrics(features, prediction)
         return mean_over_ranks(total), measured
-
-    def _refuse(self, values: dict[str, float], generator_before: torch.Tensor) -> NonFiniteError:
-        bad = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-        ]
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(generator_before)
-        return NonFiniteError(self.steps_done, values, bad)
 
     def save(self, directory: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> Path:
         """Writes a checkpoint directory, whole or not at all (see `vjepa.checkpoint`).
@@ -209,7 +280,9 @@ class Trainer:
 
         Raises:
             CheckpointError: It cannot be written; what was there before stays.
+            NonFiniteError: The last step on a GPU was refused.
         """
+        self.settle()
         generators = gather_objects(random_state())
         if current_world().rank == 0:
             write_checkpoint(
