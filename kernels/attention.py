@@ -202,13 +202,13 @@ def varlen_attention(
     if kv_lengths is None or kv_cu_seqlens is None:
         if k.shape[0] != q.shape[0]:
             raise ValueError(f"k must have the {q.shape[0]} tokens of q without kv_lengths, got {describe(k)}")
-        kv_cu_seqlens, kv_lengths = cu_seqlens, lengths
+        host = kv_host = lengths_tensor(lengths)
+        kv_cu_seqlens = cu_seqlens
     else:
         check_tensor("kv_cu_seqlens", kv_cu_seqlens, "[S+1]", 1, (torch.int32,))
         check_device("kv_cu_seqlens", kv_cu_seqlens, "q", q)
         check_lengths("kv_lengths", kv_lengths)
-    host = lengths_tensor(lengths)
-    kv_host = host if kv_lengths is lengths else lengths_tensor(kv_lengths)
+        host, kv_host = lengths_tensor(lengths), lengths_tensor(kv_lengths)
     if scale is None:
         scale = q.shape[2] ** -0.5
     elif not isinstance(scale, int | float):

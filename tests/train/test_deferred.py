@@ -126,7 +126,8 @@ def test_numbers_are_a_dict_of_floats_that_reads_when_asked():
 class Waits(TorchDispatchMode):
     """Names the operators called that read a tensor's values on the host.
 
-    What the model computes is floating; integers are masks, which the host knows. A momentum (float64) is read on a CPU only.
+    What the model computes is floating; integers are masks, which the host knows; a momentum (float64) is
+    read on a CPU only.
     """
 
     def __init__(self) -> None:

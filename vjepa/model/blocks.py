@@ -7,10 +7,12 @@ Matrix products run in the precision of `vjepa.model.precision`, while x stays i
 it too, and rounded once, to that of the product which takes them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from vjepa.kernels import add_layer_norm, mlp, varlen_attention
@@ -19,8 +21,16 @@ from vjepa.model.precision import product_dtype
 LAYER_NORM_EPS = 1e-6  # of every norm in encoder and predictor; the released weights were trained with it
 
 
+class Wanted(NamedTuple):
+    """The tokens whose result is wanted: int64 [M] rows of the packed tokens, and how they lie in sequences of their own."""
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    lengths: Sequence[int] | Tensor
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention inside each packed sequence: [N, D] -> [N, D]."""
+    """Multi-head self-attention inside each packed sequence: [N, D] -> [N, D], or [M, D] of the wanted tokens."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -28,9 +38,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
-        return self.proj(varlen_attention(q, k, v, cu_seqlens, lengths).flatten(1))
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor, wanted: Wanted | None = None
+    ) -> Tensor:
+        if wanted is None:
+            q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+            return self.proj(varlen_attention(q, k, v, cu_seqlens, lengths).flatten(1))
+        width, weight, bias = x.shape[1], self.qkv.weight, self.qkv.bias
+        q = linear(x.index_select(0, wanted.rows), weight[:width], bias[:width]).unflatten(1, (self.num_heads, -1))
+        k, v = linear(x, weight[width:], bias[width:]).view(x.shape[0], 2, self.num_heads, -1).unbind(1)
+        keys = {"kv_cu_seqlens": cu_seqlens, "kv_lengths": lengths}
+        return self.proj(varlen_attention(q, k, v, wanted.cu_seqlens, wanted.lengths, **keys).flatten(1))
 
 
 class MLP(nn.Module):
@@ -49,7 +67,8 @@ class Block(nn.Module):
     """Attention, then MLP, each on the normalised sum and added to it: x, branch [N, D] -> x, branch [N, D].
 
     The tokens before the block are x + branch (`branch` None: x), and so after it: the last addition is left to the norm
-    that follows, which does both in one pass over memory.
+    that follows, which does both in one pass over memory. With `wanted` tokens, [M, D] of these alone: all are keys and
+    values, nothing else is computed of the others.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
@@ -60,10 +79,17 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        cu_seqlens: Tensor,
+        lengths: Sequence[int] | Tensor,
+        wanted: Wanted | None = None,
     ) -> tuple[Tensor, Tensor]:
         x, normed = add_norm(x, branch, self.norm1, product_dtype(self.attn.qkv.weight))
-        branch = self.attn(normed, cu_seqlens, lengths)
+        branch = self.attn(normed, cu_seqlens, lengths, wanted)
+        if wanted is not None:
+            x = x.index_select(0, wanted.rows)
         x, normed = add_norm(x, branch, self.norm2, product_dtype(self.mlp.fc1.weight))
         return x, self.mlp(normed)
 
@@ -74,23 +100,30 @@ def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, dtype: torch.
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
+    blocks: nn.ModuleList,
     x: Tensor,
     cu_seqlens: Tensor,
     lengths: Sequence[int] | Tensor,
     checkpointing: bool,
+    wanted: Wanted | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`blocks` one after the other, to x and branch; with `checkpointing` only sums are kept for the backward pass."""
+    """`blocks` one after the other, to x and branch; the last one gives the `wanted` tokens alone.
+
+    With `checkpointing` only sums are kept for the backward pass.
+    """
     branch = None
-    for block in blocks:
+    for number, block in enumerate(blocks, 1):
+        its = wanted if number == len(blocks) else None
         if checkpointing and torch.is_grad_enabled():
             # no block draws random numbers, so there is no generator state to keep
-            x = checkpoint(_summed, block, x, cu_seqlens, lengths, use_reentrant=False, preserve_rng_state=False)
+            x = checkpoint(_summed, block, x, cu_seqlens, lengths, its, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, branch = block(x, branch, cu_seqlens, lengths)
+            x, branch = block(x, branch, cu_seqlens, lengths, its)
     return x, branch
 
 
-def _summed(block: nn.Module, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
-    x, branch = block(x, None, cu_seqlens, lengths)
+def _summed(
+    block: nn.Module, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor, wanted: Wanted | None
+) -> Tensor:
+    x, branch = block(x, None, cu_seqlens, lengths, wanted)
     return x + branch

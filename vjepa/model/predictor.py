@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vjepa.config import VJEPAConfig
 from vjepa.kernels import TokenIndices, predictor_tokens
-from vjepa.model.blocks import LAYER_NORM_EPS, Block, add_norm, run_blocks
+from vjepa.model.blocks import LAYER_NORM_EPS, Block, Wanted, add_norm, run_blocks
 from vjepa.model.position_table import PositionTable
 from vjepa.model.precision import apply_linear, product_dtype
 
@@ -55,9 +55,8 @@ class Predictor(nn.Module):
         pos_embed = self.positions(grid or self.config.grid)
         tokens, sets = predictor_tokens(embedded, self.mask_tokens, pos_embed, context_idx, target_idx, kind)
         checkpointing = self.activation_checkpointing
-        x, branch = run_blocks(self.predictor_blocks, tokens, sets.cu_seqlens, sets.lengths, checkpointing)
-        rows = target_rows(context_idx, target_idx)
-        x, branch = x.index_select(0, rows), None if branch is None else branch.index_select(0, rows)
+        wanted = Wanted(target_rows(context_idx, target_idx), target_idx.cu_seqlens, target_idx.lengths)
+        x, branch = run_blocks(self.predictor_blocks, tokens, sets.cu_seqlens, sets.lengths, checkpointing, wanted)
         dtype = product_dtype(self.predictor_proj.weight)
         return self.predictor_proj(add_norm(x, branch, self.predictor_norm, dtype)[1])
 

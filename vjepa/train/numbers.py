@@ -58,7 +58,7 @@ class StepNumbers(dict[str, float]):
         return super().__iter__()
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 - this is what get means
 
     def values(self) -> Any:
         self.settle()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vjepa
@@ -36,42 +35,13 @@ from vjepa.monitors import collapse_metrics
 from vjepa.train.distributed import current_world, gather_objects, mean_over_ranks
 from vjepa.train.guard import NonFiniteError
 from vjepa.train.low_precision import COPIES, LowPrecision
+from vjepa.train.network import forward_of, resolve_device
 from vjepa.train.numbers import StepNumbers
 from vjepa.train.optimizer import load_moments, moment_tensors, parameter_groups
 from vjepa.train.plain import to_plain
 from vjepa.train.randomness import random_state, set_random_state
 from vjepa.train.recipe import TrainConfig
-from vjepa.train.target_graph import TargetGraph
 from vjepa.train.transfer import Transfer
-
-
-class _Outputs(nn.Module):
-    """`VJEPA.outputs` as a forward returning tensors, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: VJEPA) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, video: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        outputs = self.model.outputs(video, masks)
-        return outputs.loss, outputs.prediction.detach(), outputs.target_features.detach()
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device `name` means; "auto" is CUDA where there is one.
-
-    Raises:
-        ValueError: No such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train.device must be 'auto' or a torch device, got {name!r}.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device is {name!r}, but PyTorch {torch.__version__} finds no CUDA device here.")
-    return device
 
 
 class Trainer:
@@ -105,18 +75,11 @@ class Trainer:
             groups, shadows, betas=config.betas, eps=config.eps, copies=copies, capturable=not on_cpu
         )
         self._low = LowPrecision(model, self.optimizer) if copies else None
+        self._forward = forward_of(self._low.twin if self._low else model, config, self.device)
         self._parts = {
             "encoder": list(model.encoder.parameters()),
             "predictor": list(model.predictor.parameters()),
         }
-        network = self._low.twin if self._low else model
-        if config.target_graph:
-            if self._low is None or on_cpu:
-                raise ValueError("train.target_graph needs a CUDA device, precision bf16 and a single process.")
-            network.target_encoder = TargetGraph(network.target_encoder)
-        self._forward: nn.Module = _Outputs(network)
-        if not alone:
-            self._forward = DistributedDataParallel(self._forward, device_ids=None if on_cpu else [self.device])
         self._transfer = Transfer(self.device)
         self._waits = on_cpu  # for the numbers of a step before it changes the weights
         self._halted = torch.zeros((), device=self.device)
