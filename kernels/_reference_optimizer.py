@@ -33,8 +33,9 @@ def _writing(*lists: list[Tensor]) -> AbstractContextManager[Any]:
 def _ema_update(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float | Tensor) -> None:
     same = [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)]
     if isinstance(momentum, Tensor):  # on a device, where nobody may wait for its value
+        weights = {dtype: (1 - momentum).to(dtype) for dtype in {target.dtype for target in targets}}
         for target, source in zip(targets, same, strict=True):
-            target.lerp_(source, (1 - momentum).to(target.dtype))
+            target.lerp_(source, weights[target.dtype])
     else:
         torch._foreach_lerp_(targets, same, 1 - momentum)
     if copies:

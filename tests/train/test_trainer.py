@@ -101,7 +101,9 @@ def test_bf16_trains_float32_weights(model, batch):
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
-def test_resumed_trainer_continues_bit_for_bit(model, train_config, batch, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_trainer_continues_bit_for_bit(model, train_config, batch, tmp_path, precision):
+    train_config = TrainConfig(**{**train_config.to_dict(), "precision": precision})
     trainer = Trainer(model, train_config)
     for seed in range(3):
         trainer.step(*batch(seed))
