@@ -126,9 +126,12 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     prediction, features, indices, cu_seqlens, clip, _, _, weights = inputs
     ctx.save_for_backward(prediction, features, indices, cu_seqlens, clip, output[1], weights)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of the statistics there is none
 
 
 def _autograd(ctx, grad, grad_statistics):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 8
     return torch.ops.vjepa.masked_l1_loss_backward(grad, *ctx.saved_tensors), *(None,) * 7
 
 

@@ -76,9 +76,12 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.keep = keep
     ctx.save_for_backward(x, output[1], weight1, weight2)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # a zero for each hidden feature would be written for nothing
 
 
 def _autograd(ctx, grad, grad_hidden):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 6
     if not ctx.keep:
         raise RuntimeError("mlp was told not to keep what its backward pass needs: call the operator with keep=True")
     needs = list(ctx.needs_input_grad[:5])

@@ -138,9 +138,12 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.num_kinds, ctx.length = mask_tokens.shape[0], pos_embed.shape[0]
     ctx.dtypes = context.dtype, mask_tokens.dtype, pos_embed.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of the sets there is none
 
 
 def _autograd(ctx, grad, grad_indices, grad_cu):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 10
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.vjepa.predictor_tokens_backward(
         grad, *ctx.saved_tensors, ctx.num_kinds, ctx.length, *ctx.dtypes, needs
