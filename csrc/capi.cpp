@@ -44,7 +44,13 @@ extern "C" const char *vjepa_status_string(int32_t status) {
     case VJEPA_ERROR_NO_CUDA:
       return "the library was built without its CUDA part";
     case VJEPA_ERROR_INDEX:
-      return "a token or a clip does not exist";
+      return "a token or a clip does not exist, or lengths are not those of the tokens";
+    case VJEPA_ERROR_SCALE:
+      return "the scale is not a positive, finite number";
+    case VJEPA_ERROR_INSTRUCTIONS:
+      return "this processor, or this build of the library, lacks the instructions";
+    case VJEPA_ERROR_MEMORY:
+      return "there is not enough memory";
     case VJEPA_ERROR_CUDA:
       return "the CUDA runtime refused";
     case VJEPA_ERROR_OVERLAP:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _flash, _sdpa, _xformers, reference
+from . import _cpu_attention, _flash, _sdpa, _xformers, reference
 from ._attention_order import order
 from ._checks import FLOATS, check_device, check_lengths, check_sets, check_tensor, describe, lengths_tensor
 from ._dispatch import Row, choose, define, prefer, register, requested
@@ -35,6 +35,17 @@ def _triton_unfit(q: Tensor, scale: float, *lengths: Tensor) -> str | None:
 register(
     triton_row(
         "varlen_attention", "_triton_attention", "varlen_attention", "varlen_attention_backward", unfit=_triton_unfit
+    )
+)
+register(
+    Row(
+        "varlen_attention",
+        "cpu",
+        _cpu_attention.varlen_attention,
+        _cpu_attention.varlen_attention_backward,
+        why_not=_cpu_attention.why_not,
+        unfit=_cpu_attention.unfit,
+        automatic=False,
     )
 )
 for _row in (*_flash.rows(), _xformers.ROW):

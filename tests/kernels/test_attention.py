@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from vjepa.kernels import _sdpa, attention, backend, varlen_attention
+from vjepa.kernels import _cpu_attention, _sdpa, attention, backend, varlen_attention
 
+WHY_NO_NATIVE = "a GPU is there" if torch.cuda.is_available() else _cpu_attention.why_not(torch.device("cpu"))
 BACKENDS = (
     "reference",
     "sdpa",
     pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")),
+    pytest.param("cpu", marks=pytest.mark.skipif(WHY_NO_NATIVE is not None, reason=str(WHY_NO_NATIVE))),
 )
-IN_DOUBLE = BACKENDS[:2]  # Triton's kernels do not compute in float64
+IN_DOUBLE = BACKENDS[:2]  # the kernels of this project do not compute in float64
 LENGTHS = {
     "equal": (5, 5, 5),
     "ragged": (7, 1, 30, 12, 7, 3),
@@ -30,6 +32,12 @@ LENGTHS = {
     "no token": (0, 0),
     "no sequence": (),
 }
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_products(monkeypatch):
+    """Also on a processor with AMX, where the native kernels for bfloat16 leave the field to PyTorch's."""
+    monkeypatch.setattr(_cpu_attention, "has_amx", lambda: False)
 
 
 def offsets(lengths, device="cpu"):
@@ -78,6 +86,8 @@ def with_gradients(function, inputs, dtype, grad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("used_memory")
 def test_values_and_gradients(check_accuracy, device, name, case, dtype):
+    if name == "cpu" and dtype not in _cpu_attention.CODES:
+        pytest.skip("the native kernels compute in float32 and bfloat16")
     lengths = LENGTHS[case]
     inputs = tensors(sum(lengths), dtype=dtype, device=device)
     grad = torch.randn(sum(lengths), 2, 8).to(device, dtype)
@@ -129,7 +139,7 @@ def test_head_dims_and_scale(check_accuracy, device, name, head_dim):
 @pytest.mark.parametrize("kv_lengths", [(3, 3, 3), (9, 1, 4)])
 @pytest.mark.parametrize("lengths", [(2, 2, 2), (5, 0, 1)])
 def test_cross_attention(device, name, lengths, kv_lengths):
-    dtype = torch.float32 if name == "triton" else torch.float64
+    dtype = torch.float64 if name in IN_DOUBLE else torch.float32
     sizes = (6, sum(kv_lengths), sum(kv_lengths))
     q, k, v = (torch.randn(n, 2, 4, dtype=dtype, device=device, requires_grad=True) for n in sizes)
     kv = {"kv_cu_seqlens": offsets(kv_lengths, device), "kv_lengths": kv_lengths}

@@ -1,0 +1,138 @@
+// out = softmax(scale q k^T) v of one head, and its log-sum-exp.
+//
+// Keys and values are packed once for a piece. A block of queries then goes through blocks of keys: scores of some
+// rows, their exponentials in place, product with the values; what was summed before is rescaled when a row's maximum
+// grows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_pack.h"
+
+namespace vjepa {
+namespace {
+
+constexpr int64_t kQueries = kAttentionQueries;
+constexpr int64_t kGroup = 24;     // queries whose scores are there at the same time
+constexpr int64_t kKeys = 512;     // keys of a block: 24 rows of scores are 48 KiB
+constexpr float kLowest = -1e30f;  // below every score, and finite, so that differences are numbers
+
+template <class M>
+struct ForwardScratch {
+  float *keys, *values;            // panels [units][64], and [units][columns]
+  float *queries, *scores, *sums;  // [kQueries][units], [kGroup][kKeys], [kQueries][columns]
+  float *top, *total, *factors;    // [kQueries]: maximum and sum of a row up to now, and what rescales it
+  size_t bytes;
+  ForwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
+    const int64_t units = (head_dim + M::kElements - 1) / M::kElements, columns = up_to(head_dim, kLine);
+    Carver carver(block);
+    keys = carver.take(up_to(num_keys, kPanel) * units);
+    values = carver.take((num_keys + M::kElements - 1) / M::kElements * columns);
+    queries = carver.take(kQueries * units);
+    scores = carver.take(kGroup * kKeys);
+    sums = carver.take(kQueries * columns);
+    top = carver.take(kQueries);
+    total = carver.take(kQueries);
+    factors = carver.take(kQueries);
+    bytes = carver.used();
+  }
+};
+
+// Turns `count` scores into exp(scale score - top), as units for the next product.
+template <class M>
+VJEPA_AVX void exponentials(float *row, int64_t count, float factor, float *top, float *total, float *rescale) {
+  __m512 high = _mm512_set1_ps(kLowest);
+  int64_t j = 0;
+  for (; j + kLine <= count; j += kLine) high = _mm512_max_ps(high, _mm512_loadu_ps(row + j));
+  if (j < count) high = _mm512_mask_max_ps(high, mask_of(count - j), high, _mm512_loadu_ps(row + j));
+  const float highest = std::max(*top, _mm512_reduce_max_ps(high) * factor);
+  const __m512 times = _mm512_set1_ps(factor), minus = _mm512_set1_ps(highest);
+  __m512 sum = _mm512_setzero_ps(), sum2 = _mm512_setzero_ps();
+  int64_t chunk = 0;
+  for (; 32 * (chunk + 1) <= count; ++chunk) {
+    const __m512 a = exp2_of<M::kDegree>(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk), times, minus));
+    const __m512 b = exp2_of<M::kDegree>(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk + 16), times, minus));
+    sum = _mm512_add_ps(sum, a);
+    sum2 = _mm512_add_ps(sum2, b);
+    M::store(row, chunk, a, b);
+  }
+  if (const int64_t rest = count - 32 * chunk) {
+    const __m512 x = _mm512_maskz_loadu_ps(mask_of(rest), row + 32 * chunk);
+    const __m512 y = _mm512_maskz_loadu_ps(mask_of(rest - 16), row + 32 * chunk + 16);
+    const __m512 a = _mm512_maskz_mov_ps(mask_of(rest), exp2_of<M::kDegree>(_mm512_fmsub_ps(x, times, minus)));
+    const __m512 b = _mm512_maskz_mov_ps(mask_of(rest - 16), exp2_of<M::kDegree>(_mm512_fmsub_ps(y, times, minus)));
+    sum = _mm512_add_ps(sum, a);
+    sum2 = _mm512_add_ps(sum2, b);
+    M::store(row, chunk, a, b);
+  }
+  *rescale = _mm512_cvtss_f32(exp2_of<M::kDegree>(_mm512_set1_ps(*top - highest)));
+  *total = *total * *rescale + _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
+  *top = highest;
+}
+
+template <class T, class M>
+VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &piece, void *block) {
+  const int64_t width = call.about.head_dim, heads = call.about.heads;
+  const int64_t units = (width + M::kElements - 1) / M::kElements, columns = up_to(width, kLine);
+  const float factor = static_cast<float>(call.about.scale * kLog2E);
+  const ForwardScratch<M> scratch(block, width, piece.keys);
+  const auto rows_of = [&](const vjepa_heads &from, int64_t first, int64_t count) {
+    const T *data = static_cast<const T *>(from.data) + first * from.token_stride + piece.head * from.head_stride;
+    return Rows<T>{data, from.token_stride, count, width};
+  };
+  pack_panels<M>(rows_of(call.k, piece.first_key, piece.keys), units, scratch.keys);
+  pack_across<M>(rows_of(call.v, piece.first_key, piece.keys), columns, scratch.values);
+  T *out = static_cast<T *>(call.written[0]) + piece.head * width;
+  float *lse = call.written_lse + piece.head * call.about.tokens;
+  for (int64_t begin = piece.first_query; begin < piece.first_query + piece.queries; begin += kQueries) {
+    const int64_t queries = std::min(kQueries, piece.first_query + piece.queries - begin);
+    pack_rows<M>(rows_of(call.q, begin, queries), up_to(queries, kRows), units, scratch.queries);
+    std::fill_n(scratch.top, kQueries, kLowest);
+    std::fill_n(scratch.total, kQueries, 0.0f);
+    for (int64_t key = 0; key < piece.keys; key += kKeys) {
+      const int64_t keys = std::min(kKeys, piece.keys - key);
+      const float *values = scratch.values + key / M::kElements * columns;
+      const int64_t key_units = (keys + M::kElements - 1) / M::kElements;
+      for (int64_t first = 0; first < queries; first += kGroup) {
+        const int64_t some = std::min(kGroup, queries - first);
+        for (int64_t panel = 0; panel < keys; panel += kPanel) {
+          const int64_t lines = up_to(std::min(kPanel, keys - panel), kLine) / kLine;
+          for (int64_t r = 0; r < some; r += kRows) {
+            tile_of<M, kRows, Start::zero>(lines, scratch.queries + (first + r) * units, units,
+                                           scratch.keys + (key + panel) * units, kPanel, units,
+                                           scratch.scores + r * kKeys + panel, kKeys);
+          }
+        }
+        for (int64_t r = 0; r < some; ++r) {
+          exponentials<M>(scratch.scores + r * kKeys, keys, factor, scratch.top + first + r, scratch.total + first + r,
+                          scratch.factors + first + r);
+        }
+        for (int64_t r = 0; r < some; r += kRows) {
+          const float *weights = scratch.scores + r * kKeys;
+          float *sums = scratch.sums + (first + r) * columns;
+          if (key == 0) {
+            tiles_of<M, kRows, Start::zero>(columns / kLine, weights, kKeys, values, columns, key_units, sums, columns);
+          } else {
+            tiles_of<M, kRows, Start::rescale>(columns / kLine, weights, kKeys, values, columns, key_units, sums,
+                                               columns, scratch.factors + first + r);
+          }
+        }
+      }
+    }
+    for (int64_t r = 0; r < queries; ++r) {
+      const int64_t token = begin + r;
+      write_rows(scratch.sums + r * columns, columns, 1, width, 1.0f / scratch.total[r], out + token * heads * width,
+                 heads * width);
+      lse[token] = static_cast<float>(scratch.top[r] * kLn2 + std::log(static_cast<double>(scratch.total[r])));
+    }
+  }
+}
+
+template <class M>
+size_t forward_bytes(int64_t head_dim, int64_t keys) {
+  return ForwardScratch<M>(nullptr, head_dim, keys).bytes;
+}
+
+}  // namespace
+}  // namespace vjepa

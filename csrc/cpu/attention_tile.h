@@ -1,0 +1,153 @@
+// Matrix products whose sums stay in registers. Included once for each instruction set, which VJEPA_AVX names.
+//
+// Products are of units of four bytes: one float32 (Single), or a pair of bfloat16 (Pairs). An operand a has rows of
+// units that follow each other along the sum, an operand b has rows of columns, one for each unit of the sum:
+//
+//     out[r][c] = sum_u a[r][u] . b[u][c]
+//
+// Units are kept in arrays of float whatever they are.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)  // GCC's own intrinsics begin with what is undefined, and it warns of it
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "attention.h"
+
+#define VJEPA_AVX_INLINE VJEPA_AVX inline __attribute__((always_inline))
+
+namespace vjepa {
+namespace {
+
+constexpr int64_t kLine = 16;   // columns of a register
+constexpr int64_t kPanel = 64;  // columns of a panel: with 6 rows, 24 of 32 registers hold sums
+constexpr int64_t kRows = 6;    // rows of most products
+constexpr int64_t kTall = 8;    // rows where they are the features of a head, multiples of 8: 3 registers wide
+
+inline int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+struct Single {
+  static constexpr int64_t kElements = 1;  // of a unit
+  static constexpr int kDegree = 6;        // of the polynomial of 2^x: error 2e-9
+  static constexpr int64_t kChain = 32;    // units that are summed one after the other
+  VJEPA_AVX_INLINE static __m512 dot(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
+
+  // Elements 32 j .. 32 j + 31 of a row of units.
+  VJEPA_AVX_INLINE static void store(float *row, int64_t j, __m512 low, __m512 high) {
+    _mm512_storeu_ps(row + 32 * j, low);
+    _mm512_storeu_ps(row + 32 * j + 16, high);
+  }
+};
+
+#if defined(VJEPA_AVX_HAS_BF16)
+struct Pairs {
+  static constexpr int64_t kElements = 2;
+  static constexpr int kDegree = 4;  // error 3e-6; a bfloat16 rounds by 2e-3
+  static constexpr int64_t kChain = INT64_MAX;
+  VJEPA_AVX_INLINE static __m512 dot(__m512 sum, __m512 a, __m512 b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+
+  VJEPA_AVX_INLINE static void store(float *row, int64_t j, __m512 low, __m512 high) {
+    _mm512_storeu_si512(row + 16 * j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+};
+#endif
+
+enum class Start { zero, add, rescale };  // out is overwritten, added to, or multiplied by a factor for each row first
+
+// Sums of more than kChain units are sums of shorter ones: so much less is lost to rounding.
+template <class M, int R, int C, Start S>
+VJEPA_AVX void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t units, float *out,
+                    int64_t out_stride, const float *factors) {
+  for (int64_t u = 0; u < units;) {
+    const bool first = u == 0;
+    const int64_t end = units - u > M::kChain ? u + M::kChain : units;
+    __m512 sums[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
+    }
+    for (; u < end; ++u) {
+      __m512 columns[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) columns[c] = _mm512_loadu_ps(b + u * b_stride + kLine * c);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m512 row = _mm512_set1_ps(a[r * a_stride + u]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sums[r][c] = M::dot(sums[r][c], row, columns[c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        float *to = out + r * out_stride + kLine * c;
+        if (!first || S == Start::add) {
+          sums[r][c] = _mm512_add_ps(_mm512_loadu_ps(to), sums[r][c]);
+        } else if (S == Start::rescale) {
+          sums[r][c] = _mm512_fmadd_ps(_mm512_loadu_ps(to), _mm512_set1_ps(factors[r]), sums[r][c]);
+        }
+        _mm512_storeu_ps(to, sums[r][c]);
+      }
+    }
+  }
+}
+
+// The product of R rows and `lines` registers of columns, R = 6: 1 to 4, R = 8: 1 to 3.
+template <class M, int R, Start S>
+VJEPA_AVX void tile_of(int64_t lines, const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t units,
+                       float *out, int64_t out_stride, const float *factors = nullptr) {
+  if (lines == 1) return tile<M, R, 1, S>(a, a_stride, b, b_stride, units, out, out_stride, factors);
+  if (lines == 2) return tile<M, R, 2, S>(a, a_stride, b, b_stride, units, out, out_stride, factors);
+  if (lines == 3) return tile<M, R, 3, S>(a, a_stride, b, b_stride, units, out, out_stride, factors);
+  if constexpr (R <= kRows) tile<M, R, 4, S>(a, a_stride, b, b_stride, units, out, out_stride, factors);
+}
+
+// The same for any number of registers of columns, as even parts as possible.
+template <class M, int R, Start S>
+VJEPA_AVX void tiles_of(int64_t lines, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                        int64_t units, float *out, int64_t out_stride, const float *factors = nullptr) {
+  constexpr int64_t most = R <= kRows ? 4 : 3;
+  for (int64_t done = 0; done < lines;) {
+    const int64_t parts = (lines - done + most - 1) / most, some = (lines - done + parts - 1) / parts;
+    tile_of<M, R, S>(some, a, a_stride, b + kLine * done, b_stride, units, out + kLine * done, out_stride, factors);
+    done += some;
+  }
+}
+
+// 2^x for x of any size, 0 below 2^-149; NaN stays NaN.
+template <int Degree>
+VJEPA_AVX_INLINE __m512 exp2_of(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // of a NaN and a number it returns the second
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(x, whole);  // -1/2 .. 1/2, where the polynomials have the smallest relative error
+  __m512 power;
+  if constexpr (Degree == 6) {
+    power = _mm512_set1_ps(1.53533619e-4f);
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.33988744e-3f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(9.61843736e-3f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.55033247e-2f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.40226479e-1f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93147203e-1f));
+  } else {
+    power = _mm512_set1_ps(9.58285299e-3f);
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.59064247e-2f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.40240986e-1f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93124193e-1f));
+  }
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(power, whole);
+}
+
+}  // namespace
+}  // namespace vjepa
