@@ -6,14 +6,14 @@ length, order.
 
 MEASURED: dict[str, list[tuple[str, int, int, bool, tuple[str, ...]]]] = {
     "cpu": [
-        ("bfloat16", 24, 1568, True, ("sdpa", "reference")),
-        ("bfloat16", 32, 1568, True, ("sdpa", "reference")),
-        ("bfloat16", 64, 112, True, ("reference", "sdpa")),
-        ("bfloat16", 64, 375, False, ("sdpa", "reference")),
-        ("bfloat16", 64, 1568, True, ("sdpa", "reference")),
-        ("bfloat16", 80, 375, False, ("sdpa", "reference")),
-        ("bfloat16", 80, 1568, True, ("sdpa", "reference")),
-        ("float32", 24, 1568, True, ("sdpa", "reference")),
-        ("float32", 32, 1568, True, ("sdpa", "reference")),
+        ("bfloat16", 24, 1568, True, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 32, 1568, True, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 64, 112, True, ("cpu", "reference", "sdpa")),
+        ("bfloat16", 64, 375, False, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 64, 1568, True, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 80, 375, False, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 80, 1568, True, ("cpu", "sdpa", "reference")),
+        ("float32", 24, 1568, True, ("cpu", "sdpa", "reference")),
+        ("float32", 32, 1568, True, ("cpu", "sdpa", "reference")),
     ],
 }

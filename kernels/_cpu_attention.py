@@ -71,7 +71,7 @@ def instructions() -> int:
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether PyTorch multiplies bfloat16 matrices with AMX, whose products are several times as fast as those of AVX-512."""
+    """Whether PyTorch multiplies bfloat16 matrices by AMX, several times as fast as by AVX-512."""
     asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return asked is not None and bool(asked())
 

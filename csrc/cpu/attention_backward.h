@@ -72,7 +72,7 @@ VJEPA_AVX void weights_of(const BackwardScratch<M> &scratch, int64_t first_key, 
         const __m512 score = _mm512_loadu_ps(scratch.scores + r * kPanel + column);
         const __m512 product = _mm512_loadu_ps(scratch.products + r * kPanel + column);
         const __m512 minus = _mm512_loadu_ps(scratch.lse + first_query + column);
-        p[half] = exp2_of<M::kDegree>(_mm512_fmsub_ps(score, times, minus));
+        p[half] = M::exp(_mm512_sub_ps(_mm512_mul_ps(score, times), minus));
         ds[half] =
             _mm512_mul_ps(p[half], _mm512_sub_ps(product, _mm512_loadu_ps(scratch.delta + first_query + column)));
         if (r >= keys) p[half] = ds[half] = _mm512_setzero_ps();
@@ -106,7 +106,7 @@ VJEPA_AVX void pair_keys(const BackwardScratch<Pairs> &scratch, int64_t keys, in
 template <class T, class M>
 VJEPA_AVX void read_sums(const BackwardScratch<M> &scratch, const Rows<T> &out, const Rows<T> &grad, const float *lse) {
   for (int64_t r = 0; r < kBackQueries; ++r) {
-    scratch.lse[r] = r < out.count ? static_cast<float>(lse[r] * kLog2E) : kNoQuery;
+    scratch.lse[r] = r < out.count ? static_cast<float>(lse[r] * M::kExponent) : kNoQuery;
     __m512 sum = _mm512_setzero_ps();
     for (int64_t column = 0; r < out.count && column < out.width; column += kLine) {
       sum = _mm512_fmadd_ps(load_line(out.first + r * out.stride + column, out.width - column),
@@ -143,7 +143,7 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
   const int64_t width = call.about.head_dim, row = call.about.heads * width, keys = piece.keys;
   const int64_t units = (width + M::kElements - 1) / M::kElements, columns = up_to(width, kLine);
   const float scale = static_cast<float>(call.about.scale);
-  const float factor = static_cast<float>(call.about.scale * kLog2E);
+  const float factor = static_cast<float>(call.about.scale * M::kExponent);
   const BackwardScratch<M> scratch(block, width, keys);
   const auto rows_of = [&](const vjepa_heads &from, int64_t first, int64_t count) {
     const T *data = static_cast<const T *>(from.data) + first * from.token_stride + piece.head * from.head_stride;

@@ -39,9 +39,10 @@ struct ForwardScratch {
   }
 };
 
-// Turns `count` scores into exp(scale score - top), as units for the next product.
+// Turns `count` scores into exp(scale score - top), as units for the next product. `first`: nothing was summed before.
 template <class M>
-VJEPA_AVX void exponentials(float *row, int64_t count, float factor, float *top, float *total, float *rescale) {
+VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor, float *top, float *total,
+                            float *rescale) {
   __m512 high = _mm512_set1_ps(kLowest);
   int64_t j = 0;
   for (; j + kLine <= count; j += kLine) high = _mm512_max_ps(high, _mm512_loadu_ps(row + j));
@@ -51,8 +52,8 @@ VJEPA_AVX void exponentials(float *row, int64_t count, float factor, float *top,
   __m512 sum = _mm512_setzero_ps(), sum2 = _mm512_setzero_ps();
   int64_t chunk = 0;
   for (; 32 * (chunk + 1) <= count; ++chunk) {
-    const __m512 a = exp2_of<M::kDegree>(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk), times, minus));
-    const __m512 b = exp2_of<M::kDegree>(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk + 16), times, minus));
+    const __m512 a = M::exp(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk), times, minus));
+    const __m512 b = M::exp(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk + 16), times, minus));
     sum = _mm512_add_ps(sum, a);
     sum2 = _mm512_add_ps(sum2, b);
     M::store(row, chunk, a, b);
@@ -60,14 +61,14 @@ VJEPA_AVX void exponentials(float *row, int64_t count, float factor, float *top,
   if (const int64_t rest = count - 32 * chunk) {
     const __m512 x = _mm512_maskz_loadu_ps(mask_of(rest), row + 32 * chunk);
     const __m512 y = _mm512_maskz_loadu_ps(mask_of(rest - 16), row + 32 * chunk + 16);
-    const __m512 a = _mm512_maskz_mov_ps(mask_of(rest), exp2_of<M::kDegree>(_mm512_fmsub_ps(x, times, minus)));
-    const __m512 b = _mm512_maskz_mov_ps(mask_of(rest - 16), exp2_of<M::kDegree>(_mm512_fmsub_ps(y, times, minus)));
+    const __m512 a = _mm512_maskz_mov_ps(mask_of(rest), M::exp(_mm512_fmsub_ps(x, times, minus)));
+    const __m512 b = _mm512_maskz_mov_ps(mask_of(rest - 16), M::exp(_mm512_fmsub_ps(y, times, minus)));
     sum = _mm512_add_ps(sum, a);
     sum2 = _mm512_add_ps(sum2, b);
     M::store(row, chunk, a, b);
   }
-  *rescale = _mm512_cvtss_f32(exp2_of<M::kDegree>(_mm512_set1_ps(*top - highest)));
-  *total = *total * *rescale + _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
+  *rescale = first ? 0.0f : _mm512_cvtss_f32(M::exp(_mm512_set1_ps(*top - highest)));
+  *total = (first ? 0.0f : *total * *rescale) + _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
   *top = highest;
 }
 
@@ -75,7 +76,7 @@ template <class T, class M>
 VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &piece, void *block) {
   const int64_t width = call.about.head_dim, heads = call.about.heads;
   const int64_t units = (width + M::kElements - 1) / M::kElements, columns = up_to(width, kLine);
-  const float factor = static_cast<float>(call.about.scale * kLog2E);
+  const float factor = static_cast<float>(call.about.scale * M::kExponent);
   const ForwardScratch<M> scratch(block, width, piece.keys);
   const auto rows_of = [&](const vjepa_heads &from, int64_t first, int64_t count) {
     const T *data = static_cast<const T *>(from.data) + first * from.token_stride + piece.head * from.head_stride;
@@ -89,7 +90,6 @@ VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &pi
     const int64_t queries = std::min(kQueries, piece.first_query + piece.queries - begin);
     pack_rows<M>(rows_of(call.q, begin, queries), up_to(queries, kRows), units, scratch.queries);
     std::fill_n(scratch.top, kQueries, kLowest);
-    std::fill_n(scratch.total, kQueries, 0.0f);
     for (int64_t key = 0; key < piece.keys; key += kKeys) {
       const int64_t keys = std::min(kKeys, piece.keys - key);
       const float *values = scratch.values + key / M::kElements * columns;
@@ -105,8 +105,8 @@ VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &pi
           }
         }
         for (int64_t r = 0; r < some; ++r) {
-          exponentials<M>(scratch.scores + r * kKeys, keys, factor, scratch.top + first + r, scratch.total + first + r,
-                          scratch.factors + first + r);
+          exponentials<M>(scratch.scores + r * kKeys, keys, key == 0, factor, scratch.top + first + r,
+                          scratch.total + first + r, scratch.factors + first + r);
         }
         for (int64_t r = 0; r < some; r += kRows) {
           const float *weights = scratch.scores + r * kKeys;
@@ -124,7 +124,7 @@ VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &pi
       const int64_t token = begin + r;
       write_rows(scratch.sums + r * columns, columns, 1, width, 1.0f / scratch.total[r], out + token * heads * width,
                  heads * width);
-      lse[token] = static_cast<float>(scratch.top[r] * kLn2 + std::log(static_cast<double>(scratch.total[r])));
+      lse[token] = static_cast<float>(scratch.top[r] / M::kExponent + std::log(static_cast<double>(scratch.total[r])));
     }
   }
 }

@@ -31,13 +31,37 @@ constexpr int64_t kTall = 8;    // rows where they are the features of a head, m
 
 inline int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
+
+// For exponentials: x, but not so small that the difference of two is no number, and NaN where x is.
+VJEPA_AVX_INLINE __m512 not_below(__m512 x) {
+  return _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // of a NaN and a number it returns the second
+}
+
+VJEPA_AVX_INLINE __m512 nearest(__m512 x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 struct Single {
   static constexpr int64_t kElements = 1;  // of a unit
-  static constexpr int kDegree = 6;        // of the polynomial of 2^x: error 2e-9
   static constexpr int64_t kChain = 32;    // units that are summed one after the other
+  static constexpr double kExponent = 1;   // exponents are scores, times that, times the scale
   VJEPA_AVX_INLINE static __m512 dot(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
+
+  // e^x; the polynomial's error is 3e-9.
+  VJEPA_AVX_INLINE static __m512 exp(__m512 x) {
+    x = not_below(x);
+    const __m512 whole = nearest(_mm512_mul_ps(x, _mm512_set1_ps(static_cast<float>(kLog2E))));
+    const __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693147181f), x);
+    __m512 power = _mm512_set1_ps(1.38146131e-3f);
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(8.36870983e-3f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(4.16683874e-2f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.66665207e-1f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(4.99999935e-1f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(power, whole);
+  }
 
   // Elements 32 j .. 32 j + 31 of a row of units.
   VJEPA_AVX_INLINE static void store(float *row, int64_t j, __m512 low, __m512 high) {
@@ -49,10 +73,22 @@ struct Single {
 #if defined(VJEPA_AVX_HAS_BF16)
 struct Pairs {
   static constexpr int64_t kElements = 2;
-  static constexpr int kDegree = 4;  // error 3e-6; a bfloat16 rounds by 2e-3
   static constexpr int64_t kChain = INT64_MAX;
+  static constexpr double kExponent = kLog2E;
   VJEPA_AVX_INLINE static __m512 dot(__m512 sum, __m512 a, __m512 b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+
+  // 2^x; the polynomial's error is 3e-6, while a bfloat16 rounds by 2e-3.
+  VJEPA_AVX_INLINE static __m512 exp(__m512 x) {
+    x = not_below(x);
+    const __m512 whole = nearest(x), rest = _mm512_sub_ps(x, whole);
+    __m512 power = _mm512_set1_ps(9.58285299e-3f);
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.59064247e-2f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.40240986e-1f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93124193e-1f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(power, whole);
   }
 
   VJEPA_AVX_INLINE static void store(float *row, int64_t j, __m512 low, __m512 high) {
@@ -123,30 +159,6 @@ VJEPA_AVX void tiles_of(int64_t lines, const float *a, int64_t a_stride, const f
     tile_of<M, R, S>(some, a, a_stride, b + kLine * done, b_stride, units, out + kLine * done, out_stride, factors);
     done += some;
   }
-}
-
-// 2^x for x of any size, 0 below 2^-149; NaN stays NaN.
-template <int Degree>
-VJEPA_AVX_INLINE __m512 exp2_of(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // of a NaN and a number it returns the second
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 rest = _mm512_sub_ps(x, whole);  // -1/2 .. 1/2, where the polynomials have the smallest relative error
-  __m512 power;
-  if constexpr (Degree == 6) {
-    power = _mm512_set1_ps(1.53533619e-4f);
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.33988744e-3f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(9.61843736e-3f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.55033247e-2f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.40226479e-1f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93147203e-1f));
-  } else {
-    power = _mm512_set1_ps(9.58285299e-3f);
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.59064247e-2f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.40240986e-1f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93124193e-1f));
-  }
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(power, whole);
 }
 
 }  // namespace
