@@ -4,7 +4,8 @@
 
 N queries and M keys packed over S sequences of n_s queries and m_s keys, G heads, E head_dim. 4 G E sum(n_s m_s) FLOP
 forward, 10 G E sum(n_s m_s) backward, over 4 N G E elements: compute-bound from some hundred tokens on. Softmax and
-sums run in float32 (float64 for float64 tensors); the backward pass computes the probabilities again.
+sums run in float32 (float64 for float64 tensors); the backward pass computes the probabilities again. On a CPU with AVX-512
+the native library (_cpu_attention.py) serves float32 and bfloat16.
 """
 
 from __future__ import annotations

@@ -178,6 +178,7 @@ def test_arguments_a_backend_cannot_take_go_to_the_next_one(monkeypatch):
 def test_one_log_line_for_each_choice(monkeypatch, caplog):
     monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(_dispatch, "_logged", set())
+    monkeypatch.setattr(_dispatch, "_measured", {})
     with caplog.at_level(logging.INFO, logger="vjepa.kernels"):
         attend()
         attend()
