@@ -98,6 +98,12 @@ class NormEntry(ctypes.Structure):
     ]
 
 
+class Matrix(ctypes.Structure):
+    """`vjepa_matrix` of csrc/capi_block.h."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int64)]
+
+
 class Grid(ctypes.Structure):
     """`vjepa_grid` of csrc/capi.h."""
 
@@ -162,6 +168,17 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "vjepa_norms_cpu": (i32, [norms, i64, i64, pointer, i32]),
         "vjepa_norms_cuda": (i32, [pointer, grid, i64s, i64, pointer, pointer, i32, pointer]),
         "vjepa_norms_cuda_on_host": (i32, [pointer, grid, i64s, i64, pointer, pointer]),
+    }
+    matrix = ctypes.POINTER(Matrix)
+    prototypes |= {
+        "vjepa_gelu_cpu": (i32, [pointer, i64, i32, pointer, pointer, i32]),
+        "vjepa_gelu_backward_cpu": (i32, [pointer, pointer, i64, i64, i64, i32, pointer, pointer, pointer, i32]),
+        "vjepa_column_sums_cpu": (i32, [pointer, i64, i64, i64, i32, pointer, i32]),
+        "vjepa_layer_norm_cpu": (i32, [matrix] * 2 + [pointer] * 2 + [i64, i64, f64, pointer, pointer, i32, pointer, i32]),
+        "vjepa_layer_norm_backward_cpu": (
+            i32,
+            [matrix] * 3 + [pointer] * 2 + [i64, i64, pointer, pointer, i32, pointer, pointer, i32],
+        ),
     }
     for name, (result, arguments) in prototypes.items():
         function = getattr(library, name)

@@ -27,8 +27,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _cpu_mlp as cpu
 from . import _reference_mlp as reference
 from ._checks import check_device, check_tensor, describe, dtype_under_autocast
+from ._cpu_tokens import why_not as cpu_why_not
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 
@@ -40,6 +42,7 @@ def _triton_unfit(x: Tensor) -> str | None:
 
 
 register(triton_row("mlp", "_triton_mlp", "mlp", "mlp_backward", unfit=_triton_unfit))
+register(Row("mlp", "cpu", cpu.mlp, cpu.mlp_backward, cpu_why_not, cpu.unfit))
 register(Row("mlp", "reference", reference.mlp, reference.mlp_backward))
 
 

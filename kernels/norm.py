@@ -18,8 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _cpu_norm as cpu
 from . import _reference_norm as reference
 from ._checks import FLOATS, check_device, check_tensor, describe, dtype_under_autocast
+from ._cpu_tokens import why_not as cpu_why_not
 from ._dispatch import Row, choose, define, register
 from ._triton import row as triton_row
 from .reference import accumulator
@@ -33,6 +35,7 @@ def _triton_unfit(residual: Tensor, *arguments: object) -> str | None:
 
 
 register(triton_row("add_layer_norm", "_triton_norm", "add_layer_norm", "add_layer_norm_backward", unfit=_triton_unfit))
+register(Row("add_layer_norm", "cpu", cpu.add_layer_norm, cpu.add_layer_norm_backward, cpu_why_not, cpu.unfit))
 register(Row("add_layer_norm", "reference", reference.add_layer_norm, reference.add_layer_norm_backward))
 
 
