@@ -47,10 +47,10 @@ VJEPA_API int32_t vjepa_layer_norm_cpu(const vjepa_matrix *residual, const vjepa
                                        const float *bias, int64_t rows, int64_t features, double eps, void *added,
                                        void *normed, int32_t normed_dtype, float *statistics, int32_t threads);
 
-/* The gradient of what was normalised, grad_sum (which may be absent) + rstd (g - mean(g) - h mean(g h)) with
- * g = grad_normed weight and h = (added - mean) rstd, to dresidual in the dtype of added and to dbranch in
- * branch_dtype; the sums over all rows of grad_normed h and of grad_normed to dweight and dbias [features]. Each of the
- * four may be null. */
+/* The gradient of what was normalised, grad_sum (which may be absent, and has the dtype of added) + rstd (g - mean(g) -
+ * h mean(g h)) with g = grad_normed weight and h = (added - mean) rstd, to dresidual in the dtype of added and to
+ * dbranch in branch_dtype; the sums over all rows of grad_normed h and of grad_normed to dweight and dbias [features].
+ * Each of the four may be null. */
 VJEPA_API int32_t vjepa_layer_norm_backward_cpu(const vjepa_matrix *grad_sum, const vjepa_matrix *grad_normed,
                                                 const vjepa_matrix *added, const float *statistics, const float *weight,
                                                 int64_t rows, int64_t features, void *dresidual, void *dbranch,

@@ -1,7 +1,7 @@
-"""mlp by the native library on a CPU: activations, their gradients and bias gradients in one pass; the products are PyTorch's.
+"""mlp by the native library on a CPU: activation, its gradient and that of the bias in one pass; the products are PyTorch's.
 
-Rows go through in chunks, so that what is between two products stays in the caches. hidden, where it is kept, is written while
-its activation is made. The backward pass has, chunk by chunk,
+Rows go through in chunks, so that what is between two products stays in the caches, and in memory that the system need not
+hand out anew. hidden, where it is kept, is written while its activation is made. The backward pass has, chunk by chunk,
 
     da = dy W2,    dhidden = da gelu'(hidden),    a = gelu(hidden),    sums of 32 rows of dhidden,    dx = dhidden W1
 
@@ -24,8 +24,9 @@ from ._cpu_products import linear, times
 from ._cpu_tokens import check_rows, rows_of
 
 SUM_ROWS = 32  # VJEPA_SUM_ROWS of csrc/capi_block.h
-CHUNK_BYTES = 1 << 20  # of a chunk's hidden features for each thread: a second-level cache
-FEWEST_ROWS = 256  # of a chunk: with fewer, products lose more than caches give
+# Of a chunk's hidden features, for each thread: about its share of the last cache. Smaller ones slow the products down.
+CHUNK_BYTES = 4 << 20
+FEWEST_ROWS = 256  # of a chunk
 
 
 def unfit(x: Tensor) -> str | None:
@@ -38,7 +39,7 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def column_sums(matrix: Tensor) -> Tensor:
-    """sum_i matrix_i in float32, [D] of [N, D], of any float of at most 32 bits, in an order that depends on nothing but N."""
+    """sum_i matrix_i in float32, [D] of [N, D] of at most 32 bits, in an order that depends on N alone."""
     matrix = rows_of(matrix)
     sums = torch.empty(matrix.shape[1], dtype=torch.float32)
     code = _native.DTYPE_CODES[matrix.dtype]
@@ -54,7 +55,7 @@ def gelu(hidden: Tensor, kept: Tensor | None = None) -> Tensor:
 
 
 def gelu_backward(grad: Tensor, hidden: Tensor, dhidden: Tensor, active: Tensor | None, sums: Tensor | None) -> Tensor:
-    """dhidden <- grad gelu'(hidden), active <- gelu(hidden), sums <- those of each 32 rows of dhidden; hidden has any stride."""
+    """dhidden <- grad gelu'(hidden), active <- gelu(hidden), sums <- those of each SUM_ROWS rows of dhidden."""
     addresses = (x if x is None else x.data_ptr() for x in (active, sums))
     code, stride = _native.DTYPE_CODES[grad.dtype], hidden.stride(0)
     where = (grad.data_ptr(), hidden.data_ptr(), stride, *grad.shape, code, dhidden.data_ptr())
@@ -100,15 +101,15 @@ def mlp_backward(
     all_slopes = x.new_empty((tokens, features) if need_weight1 and not wide else 0)
     all_active = x.new_empty((tokens, features) if need_weight2 and not wide else 0)
     for chunk in _chunks(tokens, features * x.element_size()):
-        kept, active, slopes = hidden[chunk], None, None
+        kept = slopes = active = hidden[chunk]
         if need_weight2:
             active = torch.empty_like(kept, memory_format=torch.contiguous_format) if wide else all_active[chunk]
         if need_slopes:
             given = times(grad[chunk], weight2)
             slopes = all_slopes[chunk] if all_slopes.numel() else given
             own = None if sums is None else sums[chunk.start // SUM_ROWS :]
-            gelu_backward(given, kept, slopes, active, own)
-        elif active is not None:
+            gelu_backward(given, kept, slopes, active if need_weight2 else None, own)
+        elif need_weight2:
             gelu(active.copy_(kept))
         if need_x:
             of_x[chunk] = times(slopes, weight1)

@@ -1,7 +1,7 @@
 """add_layer_norm by the native library on a CPU: each row is read once and written once, without copies in float32.
 
-The functions have the meaning of those of the same name in _reference_norm.py; sums over tokens are in an order that depends on
-neither threads nor instruction sets.
+The functions have the meaning of those of the same name in _reference_norm.py; sums over tokens
+are in an order that depends on neither threads nor instruction sets.
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ def add_layer_norm(
     rows, width = residual.shape
     added = residual.new_empty(0 if branch is None else residual.shape)
     normed, statistics = residual.new_empty(residual.shape, dtype=dtype), torch.empty((rows, 2), dtype=torch.float32)
-    (first, residual), (second, other) = (
-        _matrix("residual", residual, rows, width),
-        _matrix("branch", branch, rows, width),
-    )
+    first, _here = _matrix("residual", residual, rows, width)
+    second, other = _matrix("branch", branch, rows, width)
     weight, bias = _floats("weight", weight, width), _floats("bias", bias, width)
     to = (None if other is None else added.data_ptr(), normed.data_ptr(), CODES[dtype], statistics.data_ptr())
     _call("vjepa_layer_norm_cpu", first, second, pointer(weight), pointer(bias), rows, width, eps, *to)
@@ -84,6 +82,7 @@ def add_layer_norm_backward(
         added.new_empty(shape, dtype=dtype) if need else None
         for shape, dtype, need in zip(shapes, made, needs, strict=True)
     ]
+    grad_sum = None if grad_sum is None else grad_sum.to(added.dtype)
     given = {"grad_sum": grad_sum, "grad_normed": grad_normed, "added": added}
     pairs = [_matrix(name, matrix, rows, width) for name, matrix in given.items()]
     check_rows("statistics", statistics, rows, 2)
@@ -101,7 +100,5 @@ def add_layer_norm_backward(
         CODES[made[1]],
         *affine,
     )
-    of = [
-        added.new_empty(0) if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)
-    ]
+    of = [added.new_empty(0) if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     return of[0], of[1], of[2], of[3]

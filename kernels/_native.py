@@ -174,7 +174,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "vjepa_gelu_cpu": (i32, [pointer, i64, i32, pointer, pointer, i32]),
         "vjepa_gelu_backward_cpu": (i32, [pointer, pointer, i64, i64, i64, i32, pointer, pointer, pointer, i32]),
         "vjepa_column_sums_cpu": (i32, [pointer, i64, i64, i64, i32, pointer, i32]),
-        "vjepa_layer_norm_cpu": (i32, [matrix] * 2 + [pointer] * 2 + [i64, i64, f64, pointer, pointer, i32, pointer, i32]),
+        "vjepa_layer_norm_cpu": (
+            i32,
+            [matrix] * 2 + [pointer] * 2 + [i64, i64, f64, pointer, pointer, i32, pointer, i32],
+        ),
         "vjepa_layer_norm_backward_cpu": (
             i32,
             [matrix] * 3 + [pointer] * 2 + [i64, i64, pointer, pointer, i32, pointer, pointer, i32],

@@ -12,16 +12,45 @@ namespace vjepa {
 namespace {
 
 constexpr int64_t kTile = 512;  // elements; three tiles of float32 beside what is read and written
+constexpr int64_t kWhole = 32;  // a multiple of every register's lanes
 
+// Elements that are computed for `count`: so many that no loop has a rest, which might round otherwise than the rest of
+// the loop, and results would depend on where a tile ends.
+constexpr int64_t whole(int64_t count) { return (count + kWhole - 1) / kWhole * kWhole; }
+
+// float32 rounded as by from_float<T>, which then only narrows it.
+template <class T>
+VJEPA_HOST_DEVICE float rounded(float value) {
+  return to_float(from_float<T>(value));
+}
+template <>
+VJEPA_HOST_DEVICE float rounded<bfloat16>(float value) {
+  // Without a look at NaN: one that comes from a bfloat16 has no low bits that could carry beyond its payload.
+  const uint32_t bits = bits_from_float(value);
+  return float_from_bits((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+}
+
+template <class T>
+VJEPA_HOST_DEVICE T narrowed(float value) {
+  return from_float<T>(value);
+}
+template <>
+VJEPA_HOST_DEVICE bfloat16 narrowed<bfloat16>(float value) {
+  return bfloat16{static_cast<uint16_t>(bits_from_float(value) >> 16)};
+}
+
+// Each loop has arrays that cannot overlap, so that it vectorises without a check, and arithmetic on elements of one
+// size, so that it does so in the widest registers.
 template <class T>
 VJEPA_HOST_DEVICE void gelu_range(const void *hidden, void *active, int64_t begin, int64_t end) {
   const T *from = static_cast<const T *>(hidden);
   T *to = static_cast<T *>(active);
-  float values[kTile];  // loops whose arrays cannot overlap vectorise without a check, and `to` may be `from`
+  alignas(64) float values[kTile] = {};
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
-    for (int64_t j = 0; j < count; ++j) values[j] = gelu<T>(to_float(from[first + j]));
-    for (int64_t j = 0; j < count; ++j) to[first + j] = from_float<T>(values[j]);
+    for (int64_t j = 0; j < count; ++j) values[j] = to_float(from[first + j]);
+    for (int64_t j = 0; j < whole(count); ++j) values[j] = rounded<T>(GeluOf<T>::value(values[j]));
+    for (int64_t j = 0; j < count; ++j) to[first + j] = narrowed<T>(values[j]);
   }
 }
 
@@ -29,36 +58,37 @@ VJEPA_HOST_DEVICE void gelu_range(const void *hidden, void *active, int64_t begi
 template <class T>
 VJEPA_HOST_DEVICE void gelu_row(const void *grad, const void *hidden, int64_t features, void *dhidden, void *active,
                                 float *sums) {
-  float values[kTile], slopes[kTile];
+  alignas(64) float values[kTile] = {}, slopes[kTile] = {};
   for (int64_t first = 0; first < features; first += kTile) {
     const int64_t count = std::min(kTile, features - first);
-    const T *from = static_cast<const T *>(hidden) + first, *upper = static_cast<const T *>(grad) + first;
-    for (int64_t j = 0; j < count; ++j) {
-      const Gelu both = gelu_and_slope<T>(to_float(from[j]));
-      values[j] = both.value;
-      slopes[j] = both.slope;
+    const T *from = static_cast<const T *>(hidden) + first, *above = static_cast<const T *>(grad) + first;
+    for (int64_t j = 0; j < count; ++j) values[j] = to_float(from[j]);
+    for (int64_t j = 0; j < count; ++j) slopes[j] = to_float(above[j]);
+    for (int64_t j = 0; j < whole(count); ++j) {
+      const Gelu both = GeluOf<T>::both(values[j]);
+      values[j] = rounded<T>(both.value);
+      slopes[j] = rounded<T>(both.slope * slopes[j]);
     }
     if (active) {
       T *to = static_cast<T *>(active) + first;
-      for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(values[j]);
+      for (int64_t j = 0; j < count; ++j) to[j] = narrowed<T>(values[j]);
     }
-    for (int64_t j = 0; j < count; ++j) values[j] = to_float(from_float<T>(slopes[j] * to_float(upper[j])));
-    T *to = static_cast<T *>(dhidden) + first;
-    for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(values[j]);
     if (sums) {
-      for (int64_t j = 0; j < count; ++j) sums[first + j] += values[j];
+      for (int64_t j = 0; j < count; ++j) sums[first + j] += slopes[j];
     }
+    T *to = static_cast<T *>(dhidden) + first;
+    for (int64_t j = 0; j < count; ++j) to[j] = narrowed<T>(slopes[j]);
   }
 }
 
 // Macros, because a compiler clones functions, not templates.
-#define VJEPA_GELU_CLONES(name, T)                                                                               \
-  VJEPA_MULTIVERSION void gelu_##name(const void *hidden, void *active, int64_t begin, int64_t end) {            \
-    gelu_range<T>(hidden, active, begin, end);                                                                   \
-  }                                                                                                              \
-  VJEPA_MULTIVERSION void gelu_row_##name(const void *grad, const void *hidden, int64_t features, void *dhidden, \
-                                          void *active, float *sums) {                                           \
-    gelu_row<T>(grad, hidden, features, dhidden, active, sums);                                                  \
+#define VJEPA_GELU_CLONES(name, T)                                                                           \
+  VJEPA_MULTIVERSION_LEVELS void gelu_##name(const void *hidden, void *active, int64_t begin, int64_t end) { \
+    gelu_range<T>(hidden, active, begin, end);                                                               \
+  }                                                                                                          \
+  VJEPA_MULTIVERSION_LEVELS void gelu_row_##name(const void *grad, const void *hidden, int64_t features,     \
+                                                 void *dhidden, void *active, float *sums) {                 \
+    gelu_row<T>(grad, hidden, features, dhidden, active, sums);                                              \
   }
 VJEPA_GELU_CLONES(f32, float)
 VJEPA_GELU_CLONES(bf16, bfloat16)

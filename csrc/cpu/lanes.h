@@ -42,7 +42,7 @@ VJEPA_HOST_DEVICE Moments moments(const float *row, int64_t count, float mean, d
   });
   const double missed = static_cast<double>(sum_lanes(sums)) / static_cast<double>(count);
   const double variance = static_cast<double>(sum_lanes(squares)) / static_cast<double>(count) - missed * missed;
-  const double positive = variance > 0 ? variance : 0;
+  const double positive = variance < 0 ? 0 : variance;  // NaN stays
   return Moments{mean, static_cast<float>(missed), static_cast<float>(1.0 / __builtin_sqrt(positive + eps))};
 }
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "../include/vjepa/dtype.h"
 #include "../include/vjepa/macros.h"
@@ -13,18 +12,18 @@ namespace vjepa {
 namespace {
 
 // Macros, because a compiler clones functions, not templates.
-#define VJEPA_ROW_CLONES(name, T)                                                               \
-  VJEPA_MULTIVERSION void load_##name(const void *from, int64_t count, float *__restrict to) {  \
-    const T *values = static_cast<const T *>(from);                                             \
-    for (int64_t j = 0; j < count; ++j) to[j] = to_float(values[j]);                            \
-  }                                                                                             \
-  VJEPA_MULTIVERSION void add_##name(const void *from, int64_t count, float *__restrict to) {   \
-    const T *values = static_cast<const T *>(from);                                             \
-    for (int64_t j = 0; j < count; ++j) to[j] += to_float(values[j]);                           \
-  }                                                                                             \
-  VJEPA_MULTIVERSION void store_##name(const float *__restrict from, int64_t count, void *to) { \
-    T *values = static_cast<T *>(to);                                                           \
-    for (int64_t j = 0; j < count; ++j) values[j] = from_float<T>(from[j]);                     \
+#define VJEPA_ROW_CLONES(name, T)                                                                      \
+  VJEPA_MULTIVERSION_LEVELS void load_##name(const void *from, int64_t count, float *__restrict to) {  \
+    const T *values = static_cast<const T *>(from);                                                    \
+    for (int64_t j = 0; j < count; ++j) to[j] = to_float(values[j]);                                   \
+  }                                                                                                    \
+  VJEPA_MULTIVERSION_LEVELS void add_##name(const void *from, int64_t count, float *__restrict to) {   \
+    const T *values = static_cast<const T *>(from);                                                    \
+    for (int64_t j = 0; j < count; ++j) to[j] += to_float(values[j]);                                  \
+  }                                                                                                    \
+  VJEPA_MULTIVERSION_LEVELS void store_##name(const float *__restrict from, int64_t count, void *to) { \
+    T *values = static_cast<T *>(to);                                                                  \
+    for (int64_t j = 0; j < count; ++j) values[j] = from_float<T>(from[j]);                            \
   }
 VJEPA_ROW_CLONES(f32, float)
 VJEPA_ROW_CLONES(bf16, bfloat16)
@@ -72,7 +71,7 @@ extern "C" int32_t vjepa_column_sums_cpu(const void *matrix, int64_t stride, int
   if (!sums || (rows && !matrix)) return VJEPA_ERROR_NULL_POINTER;
   if (!is_aligned(matrix, dtype) || !is_aligned(sums, VJEPA_FLOAT32)) return VJEPA_ERROR_ALIGNMENT;
   const int64_t blocks = sum_blocks(rows), bytes = dtype_bytes(dtype);
-  std::vector<float> partial(static_cast<size_t>(std::max<int64_t>(blocks, 1) * features), 0.0f);
+  Floats partial(std::max<int64_t>(blocks, 1) * features);
   parallel_for(blocks, 1 + kMinimumPerThread / (VJEPA_SUM_ROWS * features), threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first * VJEPA_SUM_ROWS; row < std::min(last * VJEPA_SUM_ROWS, rows); ++row) {
       add_row(dtype)(static_cast<const char *>(matrix) + row * stride * bytes, features,

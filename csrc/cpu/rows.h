@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../capi_block.h"
 #include "../include/vjepa/pack.h"
@@ -30,6 +31,20 @@ inline bool is_size(int64_t rows, int64_t features) {
 }
 
 inline int64_t sum_blocks(int64_t rows) { return (rows + VJEPA_SUM_ROWS - 1) / VJEPA_SUM_ROWS; }
+
+// Room for floats whose first has the alignment of the widest registers: what crosses cache lines takes twice as long.
+class Floats {
+ public:
+  explicit Floats(int64_t count) : room_(static_cast<size_t>(count) + kLine - 1) {}
+  float *data() {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(room_.data()) / sizeof(float);
+    return room_.data() + (kLine - first % kLine) % kLine;
+  }
+
+ private:
+  static constexpr uintptr_t kLine = 16;
+  std::vector<float> room_;
+};
 
 // Adds up the rows of a matrix without gaps, which is overwritten, into its first row, VJEPA_SUM_ROWS at a time.
 void fold_rows(float *matrix, int64_t rows, int64_t features, int32_t threads);

@@ -16,3 +16,11 @@
 #define VJEPA_MULTIVERSION
 #define VJEPA_INSTRUCTION_SETS "default"
 #endif
+
+// The same by levels of the architecture: with 16-bit integers in the widest registers, and with fused multiply-add for
+// files that are compiled to use it.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__CUDACC__) && !defined(__clang__) && __GNUC__ >= 12
+#define VJEPA_MULTIVERSION_LEVELS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VJEPA_MULTIVERSION_LEVELS VJEPA_MULTIVERSION
+#endif
