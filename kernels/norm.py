@@ -11,6 +11,7 @@ N tokens, D features. Moves 4 N D elements forward, 12 bytes of each feature for
 where add, layer norm and cast apart move 24; and 4 N D elements backward, or 5 N D where branch has a dtype of its own:
 memory-bound. The sum is rounded to the dtype of residual before it is normalised. It is kept for the backward pass with
 mean and rstd of each row, the normalised values are not. Everything between is float32 (float64 for a float64 residual).
+The native library serves what is of at most 32 bits on a CPU.
 """
 
 from __future__ import annotations

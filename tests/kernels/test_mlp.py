@@ -155,6 +155,21 @@ def test_backends_understand_each_other(check_accuracy, device, dtype):
             check_accuracy(ours, same_dtype, true)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_native_library_keeps_serves_the_reference_and_back(check_accuracy, dtype):
+    inputs, grad = make(SHAPE, dtype)
+    exact = results(eager, [x.double() for x in inputs], grad.double())
+    plain = results(eager, inputs, grad)
+    for forward, backward in (("auto", "reference"), ("reference", "auto")):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with backend(forward):
+            out = mlp(*leaves)
+        with backend(backward):
+            found = torch.autograd.grad(out, leaves, grad)
+        for ours, same_dtype, true in zip((out.detach(), *found), plain, exact, strict=True):
+            check_accuracy(ours, same_dtype, true)
+
+
 @pytest.mark.usefixtures("serving")
 def test_keeps_x_and_hidden_but_not_the_activation(device):
     inputs, _ = make(SHAPE, FP16, device)

@@ -244,6 +244,19 @@ def test_backends_understand_each_other(device):
         torch.testing.assert_close(other, found[0])
 
 
+def test_what_the_native_library_keeps_serves_the_reference_and_back():
+    inputs, grads = make((40, 33), DTYPES[0])
+    found = []
+    for forward, backward in (("reference", "reference"), ("auto", "reference"), ("reference", "auto")):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with backend(forward):
+            outputs = add_layer_norm(*leaves, dtype=BF16)
+        with backend(backward):
+            found.append(torch.autograd.grad(outputs, leaves, grads))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
 def test_keeps_the_sum_and_two_numbers_a_row(device):
     inputs, _ = make((N, D), DTYPES[0], device)
     kept = []
