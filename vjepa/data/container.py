@@ -13,6 +13,7 @@ import av.error
 import av.logging
 
 from vjepa.data.errors import ClipError, ClipTimeout
+from vjepa.data.h264 import is_disposable, length_bytes
 
 HIGHEST_RATE = 240.0  # frames/s; containers that know no rate claim their clock's instead (1000, 90000)
 NOT_VIDEO = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
@@ -138,7 +139,22 @@ class VideoFile:
             raise
         self.stream.codec_context.thread_count = 1  # a worker is one thread: load does not depend on the machine
         self.stream.thread_type = "NONE"
+        codec = self.stream.codec_context
+        self._prefix = length_bytes(codec.extradata) if codec.name == "h264" else None
         self._avi = self.container.format.name == "avi"
+
+    def disposable(self, packet: av.Packet) -> bool:
+        """Whether nothing but the packet's own frame needs it; False where that is not known."""
+        return self._prefix is not None and is_disposable(packet, self._prefix)
+
+    @property
+    def knows_disposable(self) -> bool:
+        """Whether `disposable` can tell, and every packet has its time: H.264 in MP4, QuickTime and Matroska."""
+        return self._prefix is not None
+
+    def seconds(self, stamp: int) -> float:
+        """A timestamp of the stream, in seconds from the first frame."""
+        return stamp * self.time_base - self.origin
 
     def time_of(self, frame: av.VideoFrame) -> float | None:
         """When a frame appears, in seconds from the first one; None where the file does not say."""
@@ -146,7 +162,7 @@ class VideoFile:
             stamp = None if frame.dts is None else frame.dts - int(self.stream.codec_context.has_b_frames)
         else:
             stamp = frame.pts
-        return None if stamp is None else stamp * self.time_base - self.origin
+        return None if stamp is None else self.seconds(stamp)
 
     def seek(self, seconds: float) -> None:
         """Go to the keyframe at or before a time (seconds from the first frame)."""
