@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vjepa.data import torchcodec_frames
 from vjepa.data.container import Deadline, VideoFile, VideoInfo, decoder_errors, probe_video
-from vjepa.data.decode import read_frames
+from vjepa.data.decode import Reached, read_frames
 from vjepa.data.errors import ClipError
+from vjepa.data.stopwatch import Lap, no_lap
 from vjepa.data.tensors import is_tensor_file, open_tensor, resize_frames
+from vjepa.data.torchcodec_frames import Decoder, TensorWriter, check_decoder
 from vjepa.data.transform import CROP_ATTEMPTS, PLANES, Crop, FrameWriter, largest_crop, random_crop
 
 HEADER_SLACK = (0.5, 0.05)  # s, and share of its duration, by which a sound header may promise more than the file holds
@@ -31,7 +35,7 @@ class ClipSpec:
         frame_stride: source frames between sampled frames, at the average rate; not used when fps is given.
         fps: sampled frames per second, or None.
         channels: C; 3 (RGB) or 1 (grey) for video files, anything for tensor files.
-        min_frames, short, timeout, tensor_fps: as in DataConfig.
+        min_frames, short, timeout, tensor_fps, decoder: as in DataConfig.
     """
 
     num_frames: int
@@ -43,6 +47,7 @@ class ClipSpec:
     short: Literal["pad", "skip"] = "pad"
     timeout: float = 30.0
     tensor_fps: float = 30.0
+    decoder: Decoder = "pyav"
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "frame_stride", "channels"):
@@ -131,41 +136,54 @@ class Clip:
     flip: bool
 
 
-def load_clip(path: str, spec: ClipSpec, placement: Placement) -> Clip:
+def load_clip(path: str, spec: ClipSpec, placement: Placement, lap: Lap = no_lap) -> Clip:
     """Read one clip.
 
     Args:
         path: a video or tensor file.
         spec: length, size and rate of the clip.
         placement: where it lies.
+        lap: told what each stretch of work was (see stopwatch).
 
     Raises:
         ClipError: whatever is wrong with the file, in one line (ClipTimeout: it took too long).
+        DataError: the decoder is not installed.
     """
     if is_tensor_file(path):
-        return _load_tensor(path, spec, placement)
+        return _load_tensor(path, spec, placement, lap)
     if spec.channels not in PLANES:
         raise ClipError(path, f"a video file gives 3 or 1 channels, {spec.channels} were wanted", whole_file=True)
     deadline = Deadline(path, spec.timeout)
     with decoder_errors(deadline, whole_file=True):
-        video = VideoFile(deadline)
+        video = VideoFile(deadline, lap)
+    lap("open")
     with decoder_errors(deadline), video:
-        return _load_video(video, spec, placement)
+        clip = _load_video(video, spec, placement)
+    lap("open")  # closing it belongs to that
+    return clip
 
 
 def _load_video(video: VideoFile, spec: ClipSpec, placement: Placement) -> Clip:
     info = video.info
     start = _place(video.path, info.duration, info.rate, spec, placement)
-    writer = FrameWriter(spec.num_frames, spec.image_size, spec.channels, placement.crop, placement.flip)
-    reached = read_frames(video, _times(start, info.rate, spec), writer)
+    read, writer = _reader(spec, placement)
+    reached = read(video, _times(start, info.rate, spec), writer)
     if not reached.complete:
         _check_promise(info, reached.end)
         if start > 0:  # a sound header may promise a little too much: the last clip that really fits
             start = max(0, whole_frames(reached.end - spec.span(info.rate), info.rate)) / info.rate
-            reached = read_frames(video, _times(start, info.rate, spec), writer)
+            reached = read(video, _times(start, info.rate, spec), writer)
         if start == 0:
             _check_length(video.path, reached.frames, info.rate, spec)
     return Clip(writer.clip, start, spec.interval(info.rate), writer.crop or Crop(), placement.flip)
+
+
+def _reader(spec: ClipSpec, placement: Placement) -> tuple[Callable[[VideoFile, list[float], Any], Reached], Any]:
+    """The decoder's read_frames, and what it writes into."""
+    shape = (spec.num_frames, spec.image_size, spec.channels)
+    if spec.decoder == "pyav":
+        return read_frames, FrameWriter(*shape, placement.crop, placement.flip)
+    return torchcodec_frames.read_frames, TensorWriter(*shape, placement.crop, placement.flip, spec.decoder)
 
 
 def _times(start: float, rate: float, spec: ClipSpec) -> list[float]:
@@ -196,8 +214,9 @@ def _check_length(path: str, frames: int, rate: float, spec: ClipSpec) -> None:
         raise ClipError(path, f"too short: {frames} frame{plural}, a clip spans {span}", whole_file=True)
 
 
-def _load_tensor(path: str, spec: ClipSpec, placement: Placement) -> Clip:
+def _load_tensor(path: str, spec: ClipSpec, placement: Placement, lap: Lap) -> Clip:
     frames, rate = open_tensor(path, spec.channels), spec.tensor_fps
+    lap("open")
     total, stride = len(frames), spec.interval(rate) * rate
     if total / rate < spec.span(rate) - 1e-6:
         _check_length(path, total, rate, spec)
@@ -206,6 +225,7 @@ def _load_tensor(path: str, spec: ClipSpec, placement: Placement) -> Clip:
     height, width = spec.image_size
     crop = placement.crop((width / height) / (frames.shape[2] / frames.shape[1]))
     pixels = resize_frames(frames[chosen], crop, spec.image_size, placement.flip)
+    lap("filter")
     return Clip(pixels, start, spec.interval(rate), crop, placement.flip)
 
 
@@ -236,6 +256,7 @@ def read_clip(
     channels: int = 3,
     timeout: float = 30.0,
     tensor_fps: float = 30.0,
+    decoder: Decoder = "pyav",
 ) -> Tensor:
     """Read one clip of a video or tensor file, for evaluation and pictures: nothing about it is random.
 
@@ -253,16 +274,21 @@ def read_clip(
         channels: C: 3 is RGB, 1 is grey (tensor files: whatever they hold).
         timeout: time limit in seconds.
         tensor_fps: frames per second a tensor file is taken to have.
+        decoder: as in DataConfig.
 
     Returns:
         uint8 [C,T,H,W].
 
     Raises:
         ClipError: the file cannot be read, holds no such clip, or took too long.
+        DataError: the decoder cannot be used here.
         ValueError: an argument out of range.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    spec = ClipSpec(num_frames, size, frame_stride, fps, channels, timeout=timeout, tensor_fps=tensor_fps)
+    check_decoder(decoder)
+    spec = ClipSpec(
+        num_frames, size, frame_stride, fps, channels, timeout=timeout, tensor_fps=tensor_fps, decoder=decoder
+    )
     return torch.from_numpy(load_clip(os.fspath(path), spec, FixedPlacement(start, fixed_crop(crop), flip)).pixels)
 
 

@@ -45,6 +45,8 @@ class DataConfig:
         min_frames: a video with fewer frames than this counts as bad (never more than the clip spans).
         short: what to do with a good video shorter than a clip spans: `pad` holds its last frame, `skip` counts it as bad.
         tensor_fps: frames per second that .npy and .pt files are taken to have (they carry no times); used with `fps`.
+        decoder: what decodes video files: `pyav` (default); `torchcodec`, if it is installed: the same frames, pixels to
+            within a few levels; `torchcodec:cuda`: by the GPU's video engine (NVDEC), in the worker processes.
         num_workers: processes that read clips, per training process; 0 reads in the training process.
         prefetch: batches each worker prepares ahead.
         start_method: how workers start. `forkserver` (default) copies a clean process that has no threads; `fork` copies
@@ -64,6 +66,7 @@ class DataConfig:
     min_frames: int = 8
     short: Literal["pad", "skip"] = "pad"
     tensor_fps: float = 30.0
+    decoder: Literal["pyav", "torchcodec", "torchcodec:cuda"] = "pyav"
     num_workers: int = 2
     prefetch: int = 2
     start_method: Literal["forkserver", "fork", "spawn"] = "forkserver"
@@ -92,6 +95,10 @@ class DataConfig:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}")
         if self.short not in ("pad", "skip"):
             raise ValueError(f"short must be 'pad' or 'skip', got {self.short!r}")
+        if self.decoder not in ("pyav", "torchcodec", "torchcodec:cuda"):
+            raise ValueError(f"decoder must be 'pyav', 'torchcodec' or 'torchcodec:cuda', got {self.decoder!r}")
+        if self.decoder == "torchcodec:cuda" and self.start_method == "fork" and self.num_workers:
+            raise ValueError("decoder torchcodec:cuda needs start_method 'forkserver' or 'spawn', got 'fork'")
         if self.start_method not in ("forkserver", "fork", "spawn"):
             raise ValueError(f"start_method must be 'forkserver', 'fork' or 'spawn', got {self.start_method!r}")
 

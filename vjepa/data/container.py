@@ -14,6 +14,7 @@ import av.logging
 
 from vjepa.data.errors import ClipError, ClipTimeout
 from vjepa.data.h264 import is_disposable, length_bytes
+from vjepa.data.stopwatch import Lap, no_lap
 
 HIGHEST_RATE = 240.0  # frames/s; containers that know no rate claim their clock's instead (1000, 90000)
 NOT_VIDEO = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
@@ -91,13 +92,14 @@ class VideoFile:
 
     Args:
         deadline: names the file and the time limit for everything done with it.
+        lap: told what each stretch of work was (see stopwatch).
 
     Raises:
         ClipError: the file cannot be opened, holds no video, or is known to be cut short.
     """
 
-    def __init__(self, deadline: Deadline):
-        self.path, self.deadline = deadline.path, deadline
+    def __init__(self, deadline: Deadline, lap: Lap = no_lap):
+        self.path, self.deadline, self.lap = deadline.path, deadline, lap
         if os.path.isfile(self.path) and os.path.getsize(self.path) == 0:
             raise ClipError(self.path, "the file is empty", whole_file=True)
         self._open()
@@ -140,17 +142,17 @@ class VideoFile:
         self.stream.codec_context.thread_count = 1  # a worker is one thread: load does not depend on the machine
         self.stream.thread_type = "NONE"
         codec = self.stream.codec_context
-        self._prefix = length_bytes(codec.extradata) if codec.name == "h264" else None
+        self._prefix = length_bytes(codec.extradata) if codec.name == "h264" and codec.has_b_frames else None
         self._avi = self.container.format.name == "avi"
+
+    @property
+    def knows_disposable(self) -> bool:
+        """Whether `disposable` may find some: H.264 with B-frames in MP4, QuickTime or Matroska."""
+        return self._prefix is not None
 
     def disposable(self, packet: av.Packet) -> bool:
         """Whether nothing but the packet's own frame needs it; False where that is not known."""
         return self._prefix is not None and is_disposable(packet, self._prefix)
-
-    @property
-    def knows_disposable(self) -> bool:
-        """Whether `disposable` can tell, and every packet has its time: H.264 in MP4, QuickTime and Matroska."""
-        return self._prefix is not None
 
     def seconds(self, stamp: int) -> float:
         """A timestamp of the stream, in seconds from the first frame."""
@@ -164,10 +166,19 @@ class VideoFile:
             stamp = frame.pts
         return None if stamp is None else self.seconds(stamp)
 
+    @property
+    def has_display_times(self) -> bool:
+        """Whether the file says when each frame appears; AVI says only when it is decoded."""
+        return self.has_times and not self._avi
+
+    @property
+    def needs_first_packet(self) -> bool:
+        """Old x264 wrote 4:4:4 with a bug that the decoder undoes once it has read the version in the first packet."""
+        return bool(self.stream.codec_context.name == "h264" and self.stream.format.name == "yuv444p")
+
     def seek(self, seconds: float) -> None:
         """Go to the keyframe at or before a time (seconds from the first frame)."""
-        if self.stream.codec_context.name == "h264" and self.stream.format.name == "yuv444p":
-            # Old x264 wrote 4:4:4 with a bug that the decoder undoes once it has read the version in the first packet.
+        if self.needs_first_packet:
             next(self.packets()).decode()
         self._untouched = False
         self.container.seek(int((seconds + self.origin) / self.time_base), stream=self.stream)

@@ -60,6 +60,7 @@ def _read(
         if times[0] <= back or not video.has_times:
             break
         video.seek(times[0] - back)
+        video.lap("seek")
         frames = decode(video)
         first = next(frames, None)
         if first is not None and first.time <= times[0]:
@@ -68,6 +69,7 @@ def _read(
                 return reached
             break  # without an index, a seek can land behind a jump of the timestamps
     video.rewind()
+    video.lap("seek")
     frames = decode(video)
     first = next(frames, None)
     if first is None:
@@ -99,3 +101,4 @@ def _write_one(shown: Shown, done: int, stop: int, writer: FrameWriter, video: V
     if shown.damaged:
         raise ClipError(video.path, f"the data of the frame at {shown.time:.2f} s is damaged")
     writer.write(shown.frame, done, stop)
+    video.lap("filter")

@@ -58,7 +58,10 @@ class AllFrames(Iterator[Shown]):
         last, shift, damaged = -period, 0.0, False
         for packet in video.packets():
             video.deadline.check()
-            for frame in packet.decode():
+            video.lap("read")
+            decoded = packet.decode()
+            video.lap("decode")
+            for frame in decoded:
                 time = video.time_of(frame)
                 time = last + period if time is None else time + shift
                 if time <= last:
@@ -90,7 +93,10 @@ class ShownFrames(AllFrames):
         last, damaged = -1 / self.video.info.rate, False
         for packet in self._packets():
             self.video.deadline.check()
-            for frame in self.video.stream.codec_context.decode(packet):
+            self.video.lap("read")
+            decoded = self.video.stream.codec_context.decode(packet)
+            self.video.lap("decode")
+            for frame in decoded:
                 time = self.video.time_of(frame)
                 if time is None or time <= last or frame.interlaced_frame:  # each field may be a packet of its own
                     raise IrregularTimes
@@ -101,7 +107,7 @@ class ShownFrames(AllFrames):
     def _packets(self) -> Iterator[av.Packet | None]:
         """The packets to decode, up to the last that matters; None at the end, for the frames the decoder holds back."""
         ahead: deque[tuple[float, av.Packet]] = deque()
-        for time, packet in self._timed():
+        for time, packet in _without_cut_end(self._timed()):
             ahead.append((time, packet))
             if len(ahead) <= OVERTAKEN:
                 continue
@@ -144,3 +150,13 @@ class ShownFrames(AllFrames):
             return True
         self.count += 1
         return False
+
+
+def _without_cut_end(packets: Iterator[tuple[float, av.Packet]]) -> Iterator[tuple[float, av.Packet]]:
+    """The packets but those at the end that an edit list keeps off the screen: no frame that is shown refers to them."""
+    unseen = []
+    for time, packet in packets:
+        unseen.append((time, packet))
+        if not packet.is_discard:
+            yield from unseen
+            unseen.clear()

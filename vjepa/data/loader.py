@@ -22,6 +22,7 @@ from vjepa.data.config import DataConfig
 from vjepa.data.errors import BadFile, ClipError, ClipTimeout, DataError
 from vjepa.data.sampling import PLACE, VideoSampler, stream
 from vjepa.data.sources import VideoTable, find_videos
+from vjepa.data.torchcodec_frames import check_decoder
 from vjepa.data.workers import Workers, read_in_workers
 from vjepa.masks import Masks, mask_generator
 
@@ -146,7 +147,7 @@ class ClipLoader:
         bad: path -> reason of each different bad file met so far.
 
     Raises:
-        DataError: a source does not exist, holds no video, or is malformed.
+        DataError: a source does not exist, holds no video, or is malformed; the decoder cannot be used here.
         ValueError: no source given, or an argument out of range.
     """
 
@@ -176,7 +177,9 @@ class ClipLoader:
             short=config.short,
             timeout=config.clip_timeout,
             tensor_fps=config.tensor_fps,
+            decoder=config.decoder,
         )
+        check_decoder(config.decoder)
         self.config = config
         self._maker = BatchMaker(config, spec, batch_size, mask_sampler, seed, rank, world_size)
         self.num_videos = sum(len(table) for table in self._maker.tables)

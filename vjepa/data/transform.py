@@ -139,8 +139,8 @@ class FrameWriter:
         if self.crop is None:
             self.crop = self._choose_crop((width / height) / (shown[0] / shown[1]))
         crop = orientation.coded(self.crop)
-        x, w = _pixels(crop.x, crop.width, frame.width)
-        y, h = _pixels(crop.y, crop.height, frame.height)
+        x, w = whole_pixels(crop.x, crop.width, frame.width)
+        y, h = whole_pixels(crop.y, crop.height, frame.height)
         flip_x, flip_y = orientation.flip_x != self._flip, orientation.flip_y
         self._transpose = orientation.transpose
         if self._transpose:  # the graph works on the coded frame, whose rows are the displayed columns
@@ -167,7 +167,7 @@ def _along(size: int, backward: bool) -> slice:
     return slice(size - 1, None, -1) if backward else slice(0, size)
 
 
-def _pixels(start: float, length: float, size: int) -> tuple[int, int]:
+def whole_pixels(start: float, length: float, size: int) -> tuple[int, int]:
     """A fraction of an axis in whole pixels: (start, length), at least 2 of them so that subsampled chroma survives."""
     pixels = min(size, max(2, round(length * size)))
     return min(round(start * size), size - pixels), pixels
