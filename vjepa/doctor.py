@@ -229,6 +229,22 @@ def _decoders(report: Report) -> None:
         report.row(codec, f"no: this FFmpeg has no {' or '.join(names)}; get one that has with: {remedy}")
         if codec in NEEDED_DECODERS:
             report.problems.append(f"no decoder for {codec}: {remedy}")
+    report.row("torchcodec", torchcodec_state())
+
+
+def torchcodec_state() -> str:
+    """Whether `data.decoder: torchcodec` works, with the reason where it does not."""
+    try:
+        from vjepa.data.errors import DataError
+        from vjepa.data.torchcodec_frames import video_decoder
+    except ImportError as error:  # numpy is missing, which has been told already
+        return f"not looked for: {error}"
+    try:
+        video_decoder()
+    except DataError as error:
+        return f"no (optional): {error}"
+    version = _version(Package("torchcodec", "torchcodec", ""))
+    return f"yes ({version}), with --data.decoder torchcodec"
 
 
 def has_decoder(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,13 +15,25 @@ from vjepa.data import torchcodec_frames
 from vjepa.data.container import Deadline, VideoFile, VideoInfo, decoder_errors, probe_video
 from vjepa.data.decode import Reached, read_frames
 from vjepa.data.errors import ClipError
+from vjepa.data.placement import FixedPlacement, Placement, RandomPlacement, whole_frames
 from vjepa.data.stopwatch import Lap, no_lap
 from vjepa.data.tensors import is_tensor_file, open_tensor, resize_frames
 from vjepa.data.torchcodec_frames import Decoder, TensorWriter, check_decoder
-from vjepa.data.transform import CROP_ATTEMPTS, PLANES, Crop, FrameWriter, largest_crop, random_crop
+from vjepa.data.transform import PLANES, Crop, FrameWriter
+
+__all__ = [
+    "Clip",
+    "ClipSpec",
+    "FixedPlacement",
+    "Placement",
+    "RandomPlacement",
+    "fixed_crop",
+    "load_clip",
+    "read_clip",
+    "segment_starts",
+]
 
 HEADER_SLACK = (0.5, 0.05)  # s, and share of its duration, by which a sound header may promise more than the file holds
-ROUNDING = 0.25  # frames; headers round durations to a millisecond or a tick
 VIEWS = {"center": 0.5, "first": 0.0, "last": 1.0}
 
 
@@ -69,60 +81,6 @@ class ClipSpec:
     def frames_needed(self, rate: float) -> int:
         """Source frames below which a video is too short."""
         return min(self.min_frames, round(self.span(rate) * rate))
-
-
-def whole_frames(seconds: float, rate: float) -> int:
-    """How many whole frame periods fit in a time, give or take a header's rounding."""
-    return int(seconds * rate + ROUNDING)
-
-
-class Placement(Protocol):
-    """Where in a video a clip lies, once the video's length and shape are known."""
-
-    flip: bool
-
-    def start(self, latest: float, rate: float) -> float:
-        """Start in seconds, given the latest start that leaves room for the clip and the frame rate."""
-        ...
-
-    def crop(self, aspect: float) -> Crop:
-        """Crop, given output width/height over displayed frame width/height."""
-        ...
-
-
-class RandomPlacement:
-    """Uniform start on the frame grid, random resized crop, flip of half the clips; all from one generator.
-
-    The numbers are drawn at once, in a fixed order, so that nothing depends on what the file turns out to hold.
-    """
-
-    def __init__(self, rng: np.random.Generator, scale: tuple[float, float], aspect: tuple[float, float], hflip: bool):
-        draws = rng.random(2 + 4 * CROP_ATTEMPTS)
-        self._start, self.flip = float(draws[0]), bool(hflip and draws[1] < 0.5)
-        self._crop, self._scale, self._aspect = draws[2:].reshape(CROP_ATTEMPTS, 4), scale, aspect
-
-    def start(self, latest: float, rate: float) -> float:
-        """A whole number of frame periods, each from 0 to `latest` equally likely."""
-        return int(self._start * (whole_frames(latest, rate) + 1)) / rate
-
-    def crop(self, aspect: float) -> Crop:
-        """Random resized crop, as in `random_crop`."""
-        return random_crop(self._crop, aspect, self._scale, self._aspect)
-
-
-class FixedPlacement:
-    """A given start (None: the clip lies in the middle of the video) and a given crop or view."""
-
-    def __init__(self, start: float | None = None, crop: Crop | float = 0.5, flip: bool = False):
-        self._start, self._crop, self.flip = start, crop, flip
-
-    def start(self, latest: float, rate: float) -> float:
-        """The given start, or the middle rounded to the frame grid."""
-        return whole_frames(latest / 2, rate) / rate if self._start is None else self._start
-
-    def crop(self, aspect: float) -> Crop:
-        """The given crop, or the largest one of the output's shape at the given view."""
-        return self._crop if isinstance(self._crop, Crop) else largest_crop(aspect, self._crop)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from vjepa.data.clip import ClipSpec, FixedPlacement, load_clip, segment_starts
 from vjepa.data.errors import BadFile, ClipError, DataError
 from vjepa.data.sources import Video, VideoTable
+from vjepa.data.torchcodec_frames import Decoder, check_decoder
 from vjepa.data.workers import StartMethod, Workers, read_in_workers
 
 SPATIAL_VIEWS = {1: (0.5,), 3: (0.0, 0.5, 1.0)}
@@ -81,6 +82,7 @@ def iterate_clips(
     min_frames: int = 1,
     timeout: float = 30.0,
     tensor_fps: float = 30.0,
+    decoder: Decoder = "pyav",
     num_workers: int = 2,
     start_method: StartMethod = "forkserver",
     bad: list[BadFile] | None = None,
@@ -94,7 +96,7 @@ def iterate_clips(
         frame_stride, fps: as in `read_clip`.
         segments: clips of each video, spread evenly over its length (1: the middle).
         views: spatial views of each segment: 1 (centre) or 3 (left, centre, right; top to bottom in a portrait video).
-        channels, timeout, tensor_fps: as in `read_clip`.
+        channels, timeout, tensor_fps, decoder: as in `read_clip`.
         min_frames: a video with fewer frames than this counts as bad.
         num_workers: processes; 0 reads in this one.
         start_method: how workers start, as in DataConfig.
@@ -104,15 +106,16 @@ def iterate_clips(
         EvalClip in the order of `videos`, then segment, then view.
 
     Raises:
-        DataError: an unreadable video when `bad` is None; a worker that died.
+        DataError: an unreadable video when `bad` is None; a worker that died; the decoder cannot be used here.
         ValueError: an argument out of range.
     """
     if views not in SPATIAL_VIEWS:
         raise ValueError(f"views must be 1 or 3, got {views}")
     if segments < 1:
         raise ValueError(f"segments must be at least 1, got {segments}")
+    check_decoder(decoder)
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    spec = ClipSpec(num_frames, size, frame_stride, fps, channels, min_frames, "pad", timeout, tensor_fps)
+    spec = ClipSpec(num_frames, size, frame_stride, fps, channels, min_frames, "pad", timeout, tensor_fps, decoder)
     clips = _AllClips(videos, spec, segments, views)
     return _iterate(clips, len(videos), Workers(num_workers, start_method=start_method), bad)
 

@@ -10,7 +10,7 @@ ASIDE = (6, 9, 12)  # supplemental information, delimiter, filler: nothing that 
 
 
 def length_bytes(extradata: bytes | None) -> int | None:
-    """Bytes of the length before each NAL unit, from the avcC record of an MP4 or Matroska file; None where there is none."""
+    """Bytes of the length before each NAL unit, from the avcC record of an MP4 or Matroska file; None without one."""
     if extradata is None or len(extradata) < 7 or extradata[0] != CONFIGURATION_VERSION:
         return None
     return (extradata[4] & 3) + 1

@@ -181,8 +181,8 @@ class ClipLoader:
         )
         check_decoder(config.decoder)
         self.config = config
-        self._maker = BatchMaker(config, spec, batch_size, mask_sampler, seed, rank, world_size)
-        self.num_videos = sum(len(table) for table in self._maker.tables)
+        self.maker = BatchMaker(config, spec, batch_size, mask_sampler, seed, rank, world_size)
+        self.num_videos = sum(len(table) for table in self.maker.tables)
         self.draws, self.bad_draws = 0, 0
         self.bad: dict[str, str] = {}
 
@@ -195,7 +195,7 @@ class ClipLoader:
         if not 0 <= start <= stop:
             raise ValueError(f"steps must be 0 <= start <= stop, got start {start}, stop {stop}")
         workers = Workers(self.config.num_workers, self.config.prefetch, self.config.start_method)
-        for item in read_in_workers(self._maker, range(start, stop), workers, self._patience()):
+        for item in read_in_workers(self.maker, range(start, stop), workers, self._patience()):
             if isinstance(item, DataError):
                 for file in item.bad:
                     self.bad.setdefault(file.path, file.reason)
@@ -205,7 +205,7 @@ class ClipLoader:
 
     def _patience(self) -> float:
         """Seconds after which a batch cannot come any more: every clip, and as many stand-ins, at their time limits."""
-        return self.config.clip_timeout * TIMEOUTS * (self._maker.batch_size + 1)
+        return self.config.clip_timeout * TIMEOUTS * (self.maker.batch_size + 1)
 
     def _count(self, batch: Batch) -> None:
         self.draws += batch.draws

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -25,27 +27,40 @@ from torch.nn.functional import interpolate
 from vjepa.data.container import VideoFile
 from vjepa.data.decode import LATE, Reached
 from vjepa.data.errors import ClipError, DataError
-from vjepa.data.transform import Crop, whole_pixels
+from vjepa.data.transform import Crop, colour_step, crop_rectangle
 
 Decoder = Literal["pyav", "torchcodec", "torchcodec:cuda"]
 DECODERS: tuple[Decoder, ...] = ("pyav", "torchcodec", "torchcodec:cuda")
 GREY = {"bt709": (0.2126, 0.7152, 0.0722), "bt2020nc": (0.2627, 0.678, 0.0593)}  # luma of red, green, blue
 GREY_ELSE = (0.299, 0.587, 0.114)  # BT.601
+LONGEST = 200  # characters of a message
 ROUNDING = 1e-6  # s; torchcodec gives times as floats
 
 
+@cache
 def video_decoder() -> Any:
     """torchcodec's VideoDecoder; DataError where it is missing or cannot be loaded."""
     try:
-        return importlib.import_module("torchcodec.decoders").VideoDecoder
+        decoder = importlib.import_module("torchcodec.decoders").VideoDecoder
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "torchcodec":
             raise
         get = "get it with: pip install 'vjepa[torchcodec]', or use decoder pyav"
         raise DataError(f"decoder torchcodec needs the package torchcodec, which is not installed; {get}") from error
     except (ImportError, OSError, RuntimeError) as error:
-        need = "it needs FFmpeg's shared libraries and a torch that fits (see its README); decoder pyav needs neither"
-        raise DataError(f"torchcodec does not load: {_first_line(error)}; {need}") from error
+        raise DataError(_not_loaded(error)) from error
+    try:
+        decoder(b"no video")  # some versions look for FFmpeg only now
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if "libtorchcodec" in str(error):
+            raise DataError(_not_loaded(error)) from error
+    return decoder
+
+
+def _not_loaded(error: Exception) -> str:
+    cause = error.__cause__ or error.__context__ or error  # "could not load this library" comes of what is said there
+    need = "it needs FFmpeg's shared libraries and the torch it was built for; decoder pyav needs neither"
+    return f"torchcodec does not load: {_first_line(cause)}; {need}"
 
 
 def check_decoder(decoder: Decoder) -> None:
@@ -94,12 +109,7 @@ class TensorWriter:
         (height, width), (shown_h, shown_w) = self._size, frame.shape[1:]
         if self.crop is None:
             self.crop = self._choose_crop((width / height) / (shown_w / shown_h))
-        x, w = whole_pixels(self.crop.x, self.crop.width, shown_w)
-        y, h = whole_pixels(self.crop.y, self.crop.height, shown_h)
-        if (h, w) != (shown_h, shown_w):  # FFmpeg crops whole samples of colour
-            (x, w), (y, h) = (
-                (at - at % step, n - n % step) for at, n, step in ((x, w, self.step[0]), (y, h, self.step[1]))
-            )
+        x, y, w, h = crop_rectangle(self.crop, shown_w, shown_h, self.step)
         pixels = frame[None, :, y : y + h, x : x + w].contiguous(memory_format=torch.channels_last)
         if len(self._clip) == 1:
             pixels = torch.einsum("nchw,c->nhw", pixels.float(), pixels.new_tensor(self.luma, dtype=torch.float32))[
@@ -148,7 +158,7 @@ def read_frames(video: VideoFile, times: Sequence[float], writer: TensorWriter) 
 def _read(source: Any, video: VideoFile, times: Sequence[float], writer: TensorWriter) -> Reached:
     about = source.metadata
     writer.luma = GREY.get(about.color_space, GREY_ELSE)
-    step = chroma_step(video.stream.format)
+    step = colour_step(video.stream.format)
     writer.step = step if about.width == video.info.width else step[::-1]  # the other way round where it is turned
     if video.needs_first_packet:
         source.get_frame_at(0)
@@ -160,33 +170,29 @@ def _read(source: Any, video: VideoFile, times: Sequence[float], writer: TensorW
         video.deadline.check()
         if times[done] < end:
             wanted = max(begin, times[done]) + video.origin
-            frame = source.get_frame_played_at(wanted)
-            if frame.pts_seconds > wanted + ROUNDING:
-                raise ClipError(
-                    video.path, f"torchcodec gives the frame of {frame.pts_seconds:.2f} s for {wanted:.2f} s"
-                )
+            found = source.get_frames_played_at(
+                [wanted]
+            )  # for a single time it takes a later frame where durations leave gaps
+            if found.pts_seconds[0] > wanted + ROUNDING:
+                gives = f"torchcodec gives the frame of {found.pts_seconds[0]:.2f} s for {wanted:.2f} s"
+                raise ClipError(video.path, gives)
         else:  # the video is over: its last frame stays
-            frame = source.get_frame_at(len(source) - 1)
+            found = source.get_frames_at([len(source) - 1])
         video.lap("decode")
-        until = frame.pts_seconds + frame.duration_seconds - video.origin - ROUNDING
-        until = until if until < end - 2 * ROUNDING else float("inf")
+        until = float(found.pts_seconds[0] + found.duration_seconds[0]) - video.origin - ROUNDING
+        until = until if times[done] < end else inf
         stop = done + 1
         while stop < len(times) and times[stop] < until:
             stop += 1
-        writer.write(frame.data, done, stop)
+        writer.write(found.data[0], done, stop)
         video.lap("filter")
         done = stop
     return Reached(times[-1] < end, end, len(source))
 
 
-def chroma_step(layout: Any) -> tuple[int, int]:
-    """Pixels, across and down, that share one sample of colour; of an av.VideoFormat."""
-    return 4 // layout.chroma_width(4), 4 // layout.chroma_height(4)
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """What torchcodec says, without the place in its sources that it puts before it."""
     text = " ".join(str(error).split()) or type(error).__name__
-    place, found, rest = text.partition(".cpp:")
-    said = rest.partition(", ")[2] if found else text
-    return (said or text)[:200].rstrip(". ")
+    _, place, after = text.rpartition(".cpp:")  # "function, file.cpp:358, what is wrong"
+    said = after.partition(", ")[2] if place else text
+    return (said if len(said) <= LONGEST else said[:LONGEST].rpartition(" ")[0] + " ...").rstrip(". ")

@@ -92,6 +92,27 @@ class Orientation:
         return Crop(y, x, crop.height, crop.width) if self.transpose else Crop(x, y, crop.width, crop.height)
 
 
+def colour_step(layout: av.VideoFormat) -> tuple[int, int]:
+    """Pixels, across and down, that share one sample of colour."""
+    return 4 // layout.chroma_width(4), 4 // layout.chroma_height(4)
+
+
+def crop_rectangle(crop: Crop, width: int, height: int, step: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(x, y, width, height) in pixels of what FrameWriter crops of a frame: whole samples of colour, unless it is all of it.
+
+    Args:
+        crop: fractions.
+        width, height: of the frame.
+        step: `colour_step` of its pixel format.
+    """
+    x, w = _pixels(crop.x, crop.width, width)
+    y, h = _pixels(crop.y, crop.height, height)
+    if (w, h) == (width, height):
+        return 0, 0, w, h
+    across, down = step
+    return x - x % across, y - y % down, w - w % across, h - h % down
+
+
 class FrameWriter:
     """Writes chosen frames of one video into a clip, uint8 [C,T,H,W].
 
@@ -139,8 +160,8 @@ class FrameWriter:
         if self.crop is None:
             self.crop = self._choose_crop((width / height) / (shown[0] / shown[1]))
         crop = orientation.coded(self.crop)
-        x, w = whole_pixels(crop.x, crop.width, frame.width)
-        y, h = whole_pixels(crop.y, crop.height, frame.height)
+        x, w = _pixels(crop.x, crop.width, frame.width)
+        y, h = _pixels(crop.y, crop.height, frame.height)
         flip_x, flip_y = orientation.flip_x != self._flip, orientation.flip_y
         self._transpose = orientation.transpose
         if self._transpose:  # the graph works on the coded frame, whose rows are the displayed columns
@@ -167,7 +188,7 @@ def _along(size: int, backward: bool) -> slice:
     return slice(size - 1, None, -1) if backward else slice(0, size)
 
 
-def whole_pixels(start: float, length: float, size: int) -> tuple[int, int]:
+def _pixels(start: float, length: float, size: int) -> tuple[int, int]:
     """A fraction of an axis in whole pixels: (start, length), at least 2 of them so that subsampled chroma survives."""
     pixels = min(size, max(2, round(length * size)))
     return min(round(start * size), size - pixels), pixels
