@@ -151,12 +151,11 @@ def _workers_lines(timing: Any) -> list[str]:
     if not timing.workers:
         return []
     cores = os.cpu_count() or 1
-    used, each = min(timing.workers, cores), timing.workers_rate / timing.workers
-    shared = "" if timing.workers <= cores else f"; more workers than this machine's {cores} processors"
-    return [
-        f"{timing.workers} worker processes{'':8}{timing.workers_rate:7.1f} clips/s     {each:.1f} a worker, "
-        f"{timing.workers_rate / used:.1f} a core{shared}"
-    ]
+    count, total = timing.workers, timing.workers_rate
+    name = f"{count} worker process" + "es" * (count > 1)
+    shared = "" if count <= cores else f"; more workers than this machine's {cores} processors"
+    each, core = total / count, total / min(count, cores)
+    return [f"{name:<25}{total:8.1f} clips/s     {each:.1f} a worker, {core:.1f} a core{shared}"]
 
 
 def _step_line(timing: Any, options: argparse.Namespace) -> str:

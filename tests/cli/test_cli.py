@@ -39,7 +39,7 @@ def test_the_module_runs_as_the_command():
     ("argv", "sentence"),
     [
         (["docter"], "unknown command 'docter'; did you mean 'doctor'?"),
-        (["zzz"], "unknown command 'zzz'; expected one of pretrain, masks, doctor"),
+        (["zzz"], "unknown command 'zzz'; expected one of pretrain, masks, bench, doctor"),
         (["--config", "x.yaml"], "unknown option '--config'; expected a command first"),
     ],
 )

@@ -82,6 +82,16 @@ def test_a_missing_decoder_is_told(monkeypatch):
     assert doctor.examine().problems[0].startswith("no decoder for h264")
 
 
+def test_torchcodec_is_optional_and_told(without):
+    from vjepa.data.torchcodec_frames import video_decoder
+
+    video_decoder.cache_clear()
+    without("torchcodec.decoders")
+    report = doctor.examine()
+    assert any(re.match(r"  torchcodec +no \(optional\): .*pip install 'vjepa\[torchcodec\]'", x) for x in report.lines)
+    assert report.problems == []
+
+
 def test_decoders_are_really_asked_for():
     assert doctor.has_decoder("h264")
     assert not doctor.has_decoder("no_such_codec")

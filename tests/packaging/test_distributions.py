@@ -57,14 +57,16 @@ def test_metadata_core_needs_torch_alone(built):
     metadata = email.message_from_string((built.wheel_tree / "vjepa-0.1.0.dist-info/METADATA").read_text())
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     assert [str(r) for r in requirements if r.marker is None] == ["torch>=2.10"]
-    assert {"train", "test", "bench", "flash-attn", "xformers", "all"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"train", "test", "bench", "flash-attn", "xformers", "torchcodec", "all"} <= set(
+        metadata.get_all("Provides-Extra")
+    )
     unbounded = [str(r) for r in requirements if r.name != "vjepa" and ">=" not in str(r.specifier)]
     assert not unbounded
     included = {
         extra for r in requirements if r.name == "vjepa" and r.marker.evaluate({"extra": "all"}) for extra in r.extras
     }
     assert {"train", "test", "bench"} <= included
-    assert not included & {"flash-attn", "xformers"}
+    assert not included & {"flash-attn", "xformers", "torchcodec"}
     assert metadata["License-Expression"] == "Apache-2.0"
 
 
