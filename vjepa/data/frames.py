@@ -107,7 +107,7 @@ class ShownFrames(AllFrames):
     def _packets(self) -> Iterator[av.Packet | None]:
         """The packets to decode, up to the last that matters; None at the end, for the frames the decoder holds back."""
         ahead: deque[tuple[float, av.Packet]] = deque()
-        for time, packet in _without_cut_end(self._timed()):
+        for time, packet in self._timed():
             ahead.append((time, packet))
             if len(ahead) <= OVERTAKEN:
                 continue
@@ -150,13 +150,3 @@ class ShownFrames(AllFrames):
             return True
         self.count += 1
         return False
-
-
-def _without_cut_end(packets: Iterator[tuple[float, av.Packet]]) -> Iterator[tuple[float, av.Packet]]:
-    """The packets but those at the end that an edit list keeps off the screen: no frame that is shown refers to them."""
-    unseen = []
-    for time, packet in packets:
-        unseen.append((time, packet))
-        if not packet.is_discard:
-            yield from unseen
-            unseen.clear()

@@ -170,9 +170,8 @@ def _read(source: Any, video: VideoFile, times: Sequence[float], writer: TensorW
         video.deadline.check()
         if times[done] < end:
             wanted = max(begin, times[done]) + video.origin
-            found = source.get_frames_played_at(
-                [wanted]
-            )  # for a single time it takes a later frame where durations leave gaps
+            # get_frame_played_at, for a single time, takes a later frame where the frames' durations leave a gap
+            found = source.get_frames_played_at([wanted])
             if found.pts_seconds[0] > wanted + ROUNDING:
                 gives = f"torchcodec gives the frame of {found.pts_seconds[0]:.2f} s for {wanted:.2f} s"
                 raise ClipError(video.path, gives)
