@@ -34,7 +34,7 @@ class Timing:
         seconds: their wall time; `cpu_seconds` the processor time spent meanwhile.
         parts: part (see stopwatch.PARTS) -> seconds.
         compared: clips that the naive loop read too, with the same content.
-        ours, naive: wall time of those, by us and by the naive loop, in turns.
+        ours, naive: processor time of those, by us and by the naive loop, in turns: what else the machine does matters less.
         difference: mean and largest difference between ours and the naive loop's pixels, of 255, over those clips.
         bytes: size of the different files read.
         files: how many.
@@ -74,7 +74,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Time of the naive loop over ours; nan where nothing could be compared."""
+        """Processor time of the naive loop over ours; nan where nothing could be compared."""
         return self.naive / self.ours if self.compared else math.nan
 
     def workers_for(self, step_seconds: float, batch_size: int) -> int:
@@ -157,18 +157,18 @@ def _time(spec: ClipSpec, chosen: list[tuple[ClipRef, bool]], batch_size: int, t
     batch = np.empty((batch_size, spec.channels, spec.num_frames, *spec.image_size), np.uint8)
     for number, (ref, same) in enumerate(chosen):
         placement = FixedPlacement(ref.start, ref.crop, ref.flip)
-        cpu, began = time.process_time(), time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         watch.start()
         batch[number % batch_size] = load_clip(ref.path, spec, placement, watch).pixels
         watch("collate")
-        seconds = time.perf_counter() - began
-        timing.clips, timing.seconds = timing.clips + 1, timing.seconds + seconds
-        timing.cpu_seconds += time.process_time() - cpu
+        cpu = time.process_time() - cpu
+        timing.clips, timing.cpu_seconds = timing.clips + 1, timing.cpu_seconds + cpu
+        timing.seconds += time.perf_counter() - began
         if same:
-            began = time.perf_counter()
+            timing.compared, timing.ours = timing.compared + 1, timing.ours + cpu
+            cpu = time.process_time()
             batch[number % batch_size] = naive_clip(ref, spec.num_frames, spec.image_size).numpy()
-            timing.naive += time.perf_counter() - began
-            timing.compared, timing.ours = timing.compared + 1, timing.ours + seconds
+            timing.naive += time.process_time() - cpu
     timing.parts = watch.seconds
 
 
