@@ -46,7 +46,7 @@ class DataConfig:
         short: what to do with a good video shorter than a clip spans: `pad` holds its last frame, `skip` counts it as bad.
         tensor_fps: frames per second that .npy and .pt files are taken to have (they carry no times); used with `fps`.
         decoder: what decodes video files: `pyav` (default); `torchcodec`, if it is installed: the same frames, pixels to
-            within a few levels; `torchcodec:cuda`: by the GPU's video engine (NVDEC), in the worker processes; not measured yet.
+            within a few levels; `torchcodec:cuda`: by the GPU's video engine (NVDEC), in workers; not measured yet.
         num_workers: processes that read clips, per training process; 0 reads in the training process.
         prefetch: batches each worker prepares ahead.
         start_method: how workers start. `forkserver` (default) copies a clean process that has no threads; `fork` copies

@@ -6,8 +6,8 @@ decoder "pyav", and its frames are the same ones by timestamp. Differences:
     differ by less than 2 levels of 255 on average; grey is a weighted sum of red, green and blue;
   - all packets of a file are read once to learn their times, so opening costs more the longer the video is;
   - files without presentation times (AVI, raw streams) are refused, as are most that begin without a keyframe or change
-    their frame size; damage that the decoder hides is not noticed; and a file whose beginning an edit list cuts off in the
-    middle of a group of frames may show the wrong ones there;
+    their frame size, and clips at a beginning that an edit list cut off in the middle of a group of frames; damage that
+    the decoder hides is not noticed;
   - the time limit is looked at between frames only.
 """
 
