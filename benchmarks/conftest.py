@@ -3,6 +3,7 @@
     pytest benchmarks --benchmark-only                     prints our ratios to the best peer, one line for each work
     pytest benchmarks --benchmark-only --results [FOLDER]  also writes <op>-<device>.json (default benchmarks/results)
     pytest benchmarks --benchmark-disable                  checks all contenders and times none
+    pytest benchmarks --reference-repo PATH ...            the released V-JEPA code, checked out at PATH, takes part
 
 The environment variable OUT names the folder too. report.py makes the README's table and the plots from it.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +36,7 @@ ABOUT = pytest.StashKey[dict]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     help_text = "write JSON to this folder (default: OUT, or benchmarks/results)"
     parser.addoption("--results", nargs="?", const=str(DEFAULT_RESULTS), default=os.environ.get("OUT"), help=help_text)
+    parser.addoption("--reference-repo", metavar="PATH", help="a checkout of the released V-JEPA code, for bench_step")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,6 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "benchmarks: TRITON_INTERPRET is set, and the interpreter's times say nothing; unset it"
         )
+    if path := config.getoption("--reference-repo"):
+        from .released import check_checkout  # here: it needs the model, which most benchmarks do not
+
+        try:
+            check_checkout(path)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
     config.stash[OUTCOMES] = []
     config.option.benchmark_quiet = True  # its table would hold the time of all contenders together
     config.option.showcapture = "no"  # torch.compile logs thousands of lines
@@ -80,10 +89,39 @@ def ceilings(device: torch.device, clock: Clock, request: pytest.FixtureRequest)
     return measure_ceilings(device, clock)
 
 
+@pytest.fixture(scope="session")
+def reference_repo(request: pytest.FixtureRequest) -> str | None:
+    return request.config.getoption("--reference-repo")
+
+
 @pytest.fixture
-def compare(
+def race(
     benchmark, request: pytest.FixtureRequest, device: torch.device, clock: Clock, ceilings: Ceilings
 ) -> Callable[..., None]:
+    """race(work, contenders, verify) times the contenders that pass verify(call, factor), which raises if one is wrong.
+
+    other_clock: instead of the session's. measure: what returns the outcome, instead of `compete`.
+    """
+
+    def run(
+        work: Work,
+        contenders: Sequence[Contender],
+        verify: Callable[[Call, float], None],
+        other_clock: Clock | None = None,
+        measure: Callable[..., Outcome] = compete,
+    ) -> None:
+        rounds = ROUNDS if benchmark.enabled else 0
+        outcome = benchmark.pedantic(measure, (work, contenders, verify, other_clock or clock, device, rounds))
+        ceilings.set_shares(outcome)
+        record(request.config, outcome, ceilings, device)
+        if outcome.failed:
+            pytest.fail(f"{work.op}, {work.name}: {outcome.failed}", pytrace=False)
+
+    return run
+
+
+@pytest.fixture
+def compare(race: Callable[..., None], device: torch.device) -> Callable[..., None]:
     """compare(work, operator, call, peers, exact) times `call` under each backend of `operator` beside the peers.
 
     exact: float64 tensors, what everybody's output is compared with, or verify(call, factor), which raises
@@ -109,12 +147,7 @@ def compare(
         assert verify is not None
         assert work.also is None or work.also in peers
         contenders = [*ours(operator, device, call), *(Contender(name, peer) for name, peer in peers.items())]
-        rounds = ROUNDS if benchmark.enabled else 0
-        outcome = benchmark.pedantic(compete, (work, contenders, verify, other_clock or clock, device, rounds))
-        ceilings.set_shares(outcome)
-        record(request.config, outcome, ceilings, device)
-        if outcome.failed:
-            pytest.fail(f"{work.op}, {work.name}: {outcome.failed}", pytrace=False)
+        race(work, contenders, verify, other_clock)
 
     return run
 

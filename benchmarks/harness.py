@@ -44,6 +44,9 @@ class Work:
     exps: int = 0  # exponentials, where they may be the limit
     in_place: bool = False  # writes what it has read: its ceiling is an update in place instead of a copy
     also: str | None = None  # a peer that the tables name even where another is better
+    clips: int = 0  # of a training step: what clips/s counts
+    about: dict[str, Any] = field(default_factory=dict)  # of a training step: see bench_step.py
+    fewest_rounds: int = FEWEST_ROUNDS  # of a work for which even these take longer than BUDGET
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Contender:
     call: Call
     backend: str | None = None
     op: str | None = None  # ours: its name in the backend table
+    memory: Callable[[], int | None] | None = None  # its peak memory, asked after the check, if not found by a call
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Result:
     median: float
     spread: float  # interquartile range
     rounds: int
-    peak_memory: int | None  # bytes beyond the inputs, on a GPU
+    peak_memory: int | None  # bytes beyond the inputs, on a GPU; of a training step with all that it keeps
+    clips_s: float | None = None
     gb_s: float | None = None
     tflop_s: float | None = None
     share_of_copy: float | None = None
@@ -145,8 +150,12 @@ def peak_memory(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def take_turns(contenders: Iterable[Contender], clock: Clock, rounds: int) -> dict[str, list[float]]:
+def take_turns(
+    contenders: Iterable[Contender], clock: Clock, rounds: int, fewest: int = FEWEST_ROUNDS
+) -> dict[str, list[float]]:
     """Times of each contender, one in every round, so that whatever else the machine does falls on all of them.
+
+    As many rounds as fit into BUDGET, of at most `rounds` and at least `fewest`.
 
     Each round has an order of its own: who follows a contender that read the same tensors finds them in the caches.
     """
@@ -155,7 +164,7 @@ def take_turns(contenders: Iterable[Contender], clock: Clock, rounds: int) -> di
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     start = time.perf_counter()
     for number in range(rounds):
-        if number >= FEWEST_ROUNDS and time.perf_counter() - start > BUDGET:
+        if number >= fewest and time.perf_counter() - start > BUDGET:
             break
         for contender in order.sample(contenders, len(contenders)):
             with backend(contender.backend or "auto"):
@@ -223,7 +232,7 @@ def compete(
     """Check each contender with `verify(call, factor)`, then time those that pass.
 
     Who raises or is wrong has failed, except that a compiled peer which raises, for want of a compiler or otherwise,
-    and a backend of ours that says that it cannot serve such arguments are left out.
+    a backend of ours that says that it cannot serve such arguments, and who does not fit into memory are left out.
     """
     outcome = Outcome(work)
     passed, peaks, served = [], {}, {}
@@ -231,15 +240,19 @@ def compete(
         try:
             with backend(contender.backend or "auto"), noting(contender.op) as served[contender.name]:
                 verify(contender.call, PEERS if contender.backend is None else OURS)
-                peaks[contender.name] = peak_memory(contender.call) if device.type == "cuda" else None
+                if contender.memory is not None:
+                    peaks[contender.name] = contender.memory()
+                else:
+                    peaks[contender.name] = peak_memory(contender.call) if device.type == "cuda" else None
             passed.append(contender)
         except (AssertionError, RuntimeError, ValueError, TypeError, OSError, subprocess.CalledProcessError) as error:
             sentence = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
             no_compiler = contender.name.startswith(COMPILED) and not isinstance(error, Wrong)
-            cannot = no_compiler or f"the backend {contender.backend} cannot serve" in sentence
+            too_large = isinstance(error, torch.OutOfMemoryError)
+            cannot = no_compiler or too_large or f"the backend {contender.backend} cannot serve" in sentence
             (outcome.left_out if cannot else outcome.failed)[contender.name] = sentence
     streams = streaming(device) if work.in_place and rounds else {}
-    times = take_turns([*passed, *streams], clock, rounds)
+    times = take_turns([*passed, *streams], clock, rounds, work.fewest_rounds)
     if streams:
         rates = [moved / statistics.median(times[stream.name]) for stream, moved in streams.items()]
         outcome.update_gb_s = max(rates) / GIGA
@@ -252,11 +265,11 @@ def compete(
         served_by = "+".join(sorted(served[contender.name])) or None
         result = Result(contender.name, contender.backend, served_by, median, high - low, len(measured), peak)
         outcome.results.append(result)
-    _compare(outcome)
+    set_rates(outcome)
     return outcome
 
 
-def _compare(outcome: Outcome) -> None:
+def set_rates(outcome: Outcome) -> None:
     """Rates, and the ratios of ours to the peers."""
     peers = {result.contender: result.median for result in outcome.results if result.backend is None}
     best = min(peers, key=peers.__getitem__, default=None)
@@ -265,6 +278,8 @@ def _compare(outcome: Outcome) -> None:
             result.gb_s = outcome.work.bytes_moved / result.median / GIGA
             if outcome.update_gb_s:
                 result.share_of_update = result.gb_s / outcome.update_gb_s
+        if outcome.work.clips:
+            result.clips_s = outcome.work.clips / result.median
         if outcome.work.flop:
             result.tflop_s = outcome.work.flop / result.median / TERA
         if result.backend is not None and best is not None:

@@ -1,0 +1,77 @@
+"""Our step as bench_step calls it: `vjepa.train.Trainer` for the whole, its public pieces for the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vjepa.kernels import gradient_norms, masked_l1_loss
+from vjepa.train import Trainer
+
+from .steps import CONTEXT, LOSS, PREDICTOR, TARGET, UPDATE, Workload, draw_gradients, moments, with_gradients
+from .straight import gradients
+
+TINY = 1e-6  # added to a norm before it divides, as in PyTorch's clipping
+
+
+class Ours:
+    """Training by this library; clips are uint8, masks any sets of tokens."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        self.trainer = Trainer(work.model(), work.recipe)
+        self.model = self.trainer.model
+
+    def step(self) -> Any:
+        return self.trainer.step(self.work.video, self.work.masks)
+
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        work, model, optimizer = self.work, self.model, self.trainer.optimizer
+        video, masks, grid = work.video, work.masks, work.config.grid
+        with torch.no_grad(), work.autocast():
+            seen = model.encoder(video, masks.context)
+            predicted = model.predictor(seen, masks.context, masks.target, masks.kind, grid)
+            features = model.target_encoder(video)
+        draw_gradients(model.encoder, model.predictor)
+        grads = [[p.grad for p in module.parameters()] for module in (model.encoder, model.predictor)]
+        limit = work.recipe.clip_grad
+
+        def target() -> Tensor:
+            with torch.no_grad(), work.autocast():
+                return model.target_encoder(video)
+
+        def context() -> Tensor:
+            with work.autocast():
+                out = model.encoder(video, masks.context)
+            gradients([out], with_gradients(model.encoder))
+            return out
+
+        def predictor() -> Tensor:
+            x = seen.detach().requires_grad_()
+            with work.autocast():
+                out = model.predictor(x, masks.context, masks.target, masks.kind, grid)
+            gradients([out], [*with_gradients(model.predictor), x])
+            return out
+
+        def loss() -> Tensor:
+            z = predicted.detach().requires_grad_()
+            with work.autocast():
+                value = masked_l1_loss(z, features, masks.target)
+            torch.autograd.grad(value, [z])
+            return value
+
+        def update() -> None:
+            factors = [(limit / (norm + TINY)).clamp(max=1.0) for norm in gradient_norms(grads)]
+            by_part = dict(zip(("encoder", "predictor"), factors, strict=True))
+            optimizer.step(grad_factor=[by_part[group["part"]] for group in optimizer.param_groups])
+
+        calls = (target, context, predictor, loss, update)
+        return dict(zip((TARGET, CONTEXT, PREDICTOR, LOSS, UPDATE), calls, strict=True))
+
+    def state(self) -> Iterable[Tensor]:
+        optimizer = self.trainer.optimizer
+        copies = [*(optimizer.param_copies or []), *(optimizer.shadow_copies or [])]
+        return [*self.model.parameters(), *moments(optimizer), *(copy for copy in copies if copy is not None)]
