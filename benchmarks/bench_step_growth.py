@@ -9,7 +9,7 @@ from .bench_step import NAMES
 from .contenders import ASSEMBLED, contenders, verifier, work_of
 from .steps import workload
 
-CENTRE = {"cpu": ("vit_tiny", 2, 96), "cuda": ("vit_large", 8, 224)}  # model, clips, pixels
+CENTRE = {"cpu": ("vit_tiny", 1, 96), "cuda": ("vit_large", 8, 224)}  # model, clips, pixels
 AXES = {
     "cpu": {"clips": (1, 2, 4), "pixels": (64, 96, 128, 192), "model": ("vit_tiny", "vit_small")},
     "cuda": {"clips": (4, 8, 16), "pixels": (112, 224, 384), "model": ("vit_small", "vit_base", "vit_large")},

@@ -2,7 +2,8 @@
 
     python benchmarks/report.py [FOLDER]                   prints our ratios, one line for each work
     python benchmarks/report.py [FOLDER] --readme [FILE]   writes the tables into FILE (README.md) between its markers
-                                                           and the plots <device>.svg into FOLDER (benchmarks/results)
+                                                           and the plots <device>.svg, and <device>-growth.svg of
+                                                           training steps, into FOLDER (benchmarks/results)
 
 Works that we lose are in all of them. Needs the standard library alone.
 """
@@ -10,9 +11,7 @@ Works that we lose are in all of them. Needs the standard library alone.
 from __future__ import annotations
 
 import argparse
-import html
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,16 +20,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+if __package__:
+    from .plots import bars, growth
+    from .words import Result, Work, about_line, digits, duration, rate, short, step_figures, times, title
+else:  # run as a script, which is in no package
+    from plots import bars, growth
+    from words import Result, Work, about_line, digits, duration, rate, short, step_figures, times, title
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+GROWTH = "step_growth"
+AXES = {"clips": "clips", "tokens": "tokens of a clip", "model": "parameters"}  # what grows -> below its panel
 ORDER = (
-    *("tubelet", "gather", "predictor_tokens", "loss", "attention", "norm", "mlp", "block", "ema"),
+    *("step", GROWTH, "tubelet", "gather", "predictor_tokens", "loss", "attention", "norm", "mlp", "block", "ema"),
     *("gradient_norm", "optimizer", "overhead"),
 )
-
-Work = dict[str, Any]  # one entry of "works" in a file, see Outcome in harness.py
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def ours(work: Work) -> list[Result]:
     """Our results for a work: auto, then the named backends that do not serve auto already, fastest first."""
     rows = [row for row in work["results"] if row["backend"] is not None]
     auto = [row for row in rows if row["backend"] == "auto"]
-    served = {row["served_by"] for row in auto}
+    served = {row["served_by"] for row in auto if row["served_by"]}
     named = [row for row in rows if row["backend"] != "auto" and row["backend"] not in served]
     return auto + sorted(named, key=lambda row: row["median"])
 
@@ -75,62 +80,9 @@ def best_peer(work: Work) -> Result | None:
 def also(work: Work) -> float | None:
     """Our ratio to the peer that the work wants named besides the best, where it is another."""
     peer, rows, name = best_peer(work), ours(work), work.get("also")
-    if not rows or peer is None or name == peer["contender"]:
+    if not rows or peer is None or name in (None, peer["contender"]):
         return None
     return rows[0]["peers"].get(name, {}).get("ratio")
-
-
-# ---------------------------------------------------------------------------------------------------------------- words
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    for scale, unit in ((1e3, "ms"), (1e6, "µs")):
-        if seconds * scale >= 1 or unit == "µs":
-            value = seconds * scale
-            break
-    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
-
-
-def times(ratio: float | None) -> str:
-    """How much faster: 1.23x."""
-    if ratio is None:
-        return ""
-    return f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.2g}x"
-
-
-def rate(row: Result) -> str:
-    """The figure that is nearer to its ceiling, and its share of it."""
-    copy, update, gemm, exp = (row.get(f"share_of_{ceiling}") or 0.0 for ceiling in ("copy", "update", "gemm", "exp"))
-    if update > gemm:
-        return f"{_digits(row['gb_s'])} GB/s ({update:.0%} of an update)"
-    if not copy and not gemm:
-        return ""
-    if exp > max(copy, gemm):
-        return f"{_digits(row['tflop_s'])} TFLOP/s ({exp:.0%} of the exp units)"
-    figure = f"{_digits(row['gb_s'])} GB/s" if copy >= gemm else f"{_digits(row['tflop_s'])} TFLOP/s"
-    return f"{figure} ({max(copy, gemm):.0%})"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def title(work: Work) -> str:
-    """What was done to what, in which dtype and packing."""
-    return ", ".join([work["name"], _short(work["dtype"])] + ([work["packing"]] if work["packing"] else []))
-
-
-def _short(dtype: str) -> str:
-    return dtype.replace("bfloat16", "bf16").replace("float32", "fp32")
-
-
-def about_line(about: dict[str, Any], short: bool = False) -> str:
-    """The device (not if `short`) and the versions in one line."""
-    commit = about["commit"] and about["commit"][:10] + "+" * about["commit"].endswith("+")
-    named = ("driver", "torch", "triton", "cuda", "python")
-    words = [f"{name} {about[name]}" for name in named if about[name]] + ([f"commit {commit}"] if commit else [])
-    return ", ".join(([] if short else [about["device"]]) + words + [about["date"]])
 
 
 # ------------------------------------------------------------------------------------------------------------- terminal
@@ -142,8 +94,10 @@ def lines(about: dict[str, Any], works: Sequence[Work]) -> Iterator[str]:
     for work in works:
         peer, rows = best_peer(work), ours(work)
         ratios = "  ".join(f"{row['backend']} {times(row['ratio'])}" for row in rows)
-        figure = f"{ratios} | {duration(rows[0]['median'])} {rate(rows[0])}" if rows else "not timed"
-        beside = f" | {peer['contender']} {duration(peer['median'])}" if rows and peer else ""
+        reached = " ".join([duration(rows[0]["median"]), *step_figures(rows[0], work), rate(rows[0], work)]) if rows else ""
+        figure = f"{ratios} | {reached}" if rows else "not timed"
+        words = " ".join([peer["contender"], duration(peer["median"]), *step_figures(peer, work)]) if peer else ""
+        beside = f" | {words}" if rows and peer else ""
         beside += f" | {work['also']} {times(also(work))}" if also(work) else ""
         yield f"{work['op']}: {title(work)}: {figure}{beside}"
         for word, sentences in (("FAILED", work["failed"]), ("left out", work["left_out"])):
@@ -154,8 +108,8 @@ def lines(about: dict[str, Any], works: Sequence[Work]) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------------- README
 
 
-def markdown(machines: dict[str, list[File]], plots: dict[str, str]) -> str:
-    """For each machine what it is, its plot (slug -> address) and its table."""
+def markdown(machines: dict[str, list[File]], plots: dict[str, str], growths: dict[str, str]) -> str:
+    """For each machine what it is, its plots (slug -> address) and its table."""
     blocks = []
     for slug, files in machines.items():
         device = files[0].about["device"]
@@ -165,11 +119,12 @@ def markdown(machines: dict[str, list[File]], plots: dict[str, str]) -> str:
             "",
             f"![{device}: time of the best peer over ours]({plots[slug]})",
             "",
+            *([f"![{device}: time of a training step]({growths[slug]})", ""] if slug in growths else []),
             f"<details><summary>{device}: all works and all peers</summary>",
             "",
             "| | work | ours | reaches | best peer | ratio | other peers | ours by name |",
             "|---|---|---|---|---|---|---|---|",
-            *(_markdown_row(work) for file in files for work in file.works),
+            *(_markdown_row(work) for file in files if file.op != GROWTH for work in file.works),
             "",
             "</details>",
         ]
@@ -178,30 +133,30 @@ def markdown(machines: dict[str, list[File]], plots: dict[str, str]) -> str:
 
 
 def _ceilings(ceilings: dict[str, Any]) -> str:
-    gemm = " and ".join(f"{_digits(value)} in {_short(name)}" for name, value in ceilings["gemm_tflop_s"].items())
+    gemm = " and ".join(f"{digits(value)} in {short(name)}" for name, value in ceilings["gemm_tflop_s"].items())
     return f"a large copy reaches {ceilings['copy_gb_s']:.0f} GB/s, a large matrix product {gemm} TFLOP/s"
 
 
 def _markdown_row(work: Work) -> str:
     rows, peer = ours(work), best_peer(work)
-    if not rows or peer is None:
+    if not rows:
         return f"| {work['op']} | {title(work)} | failed: {', '.join(work['failed'])} | | | | | |"
     default = rows[0]
     beside = sorted(default["peers"].items(), key=lambda item: item[1]["ratio"])
-    named_already = {peer["contender"], work.get("also")}
+    named_already = {peer and peer["contender"], work.get("also")}
     others = [f"{name} {times(entry['ratio'])}" for name, entry in beside if name not in named_already]
     others += [f"{name}: {'failed' if name in work['failed'] else 'left out'}" for name in _missing(work, ours=False)]
     named = [f"{row['backend']} {times(row['ratio'])}" for row in rows[1:]]
     named += [f"{name}: {'failed' if name in work['failed'] else 'left out'}" for name in _missing(work, ours=True)]
-    ratio = _bold(default["ratio"])
+    ratio = _bold(default["ratio"]) if peer else ""
     if also(work):
         ratio += f"; {work['also']} {_bold(also(work))}"
     cells = (
         work["op"],
         title(work),
-        f"{duration(default['median'])} ({default['served_by']})",
-        rate(default),
-        f"{peer['contender']}, {duration(peer['median'])}",
+        ", ".join([f"{duration(default['median'])} ({default['served_by'] or 'auto'})", *step_figures(default, work)]),
+        rate(default, work),
+        ", ".join([peer["contender"], duration(peer["median"]), *step_figures(peer, work)]) if peer else "",
         ratio,
         ", ".join(others),
         ", ".join(named),
@@ -225,47 +180,31 @@ def insert(text: str, tables: str) -> str:
     return found.sub(lambda match: f"{BEGIN}\n{tables}\n{END}", text)
 
 
-# ----------------------------------------------------------------------------------------------------------------- plot
-
-BAR, GAP, LABELS, BARS, TOP, MARGIN = 15, 5, 590, 340, 60, 60  # pixels
-SHORTEST, LONGEST = 0.1, 100.0  # ratios beyond are drawn as these, with their own number
-WON, LOST, INK, GRID = "#15803d", "#c2410c", "#3f4752", "#d9dde3"
+# ---------------------------------------------------------------------------------------------------------------- plots
 
 
-def plot(files: Sequence[File]) -> str:
-    """A bar for each work, and each backend of ours: times as fast as the best peer, on a logarithmic scale around 1."""
-    bars = [
+def bar_plot(files: Sequence[File]) -> str:
+    """A bar for each work, and each backend of ours."""
+    ratios = [
         (f"{work['op']}: {title(work)}" + ("" if row["backend"] == "auto" else f" [{row['backend']}]"), row["ratio"])
         for file in files
+        if file.op != GROWTH
         for work in file.works
         for row in ours(work)
         if row["ratio"]
     ]
-    drawn = [min(max(ratio, SHORTEST), LONGEST) for _, ratio in bars]
-    low, high = math.log(min([0.5, *drawn])), math.log(max([2.0, *drawn]))
+    return bars(files[0].about["device"], ratios)
 
-    def x(ratio: float) -> float:
-        return round(LABELS + (math.log(ratio) - low) / (high - low) * BARS, 1)
 
-    device = html.escape(files[0].about["device"])
-    width, height = LABELS + BARS + MARGIN, TOP + len(bars) * (BAR + GAP)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="11" fill="{INK}">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        f'<text x="10" y="22" font-size="14">{device}: time of the best peer over ours, above 1 we are faster</text>',
-    ]
-    for tick in (tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= math.log(tick) <= high):
-        stroke = INK if tick == 1 else GRID
-        parts.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="46" y2="{height - 4}" stroke="{stroke}"/>')
-        parts.append(f'<text x="{x(tick)}" y="42" text-anchor="middle">{tick:g}x</text>')
-    for number, ((label, ratio), length) in enumerate(zip(bars, drawn, strict=True)):
-        top, (start, stop) = TOP - 8 + number * (BAR + GAP), sorted((x(1), x(length)))
-        colour, wide = WON if ratio >= 1 else LOST, max(stop - start, 0.5)
-        parts.append(f'<text x="{LABELS - 8}" y="{top + 12}" text-anchor="end">{html.escape(label)}</text>')
-        parts.append(f'<rect x="{start}" y="{top}" width="{wide:.1f}" height="{BAR}" fill="{colour}"/>')
-        parts.append(f'<text x="{stop + 4:.1f}" y="{top + 12}">{times(ratio)}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+def growth_plot(files: Sequence[File]) -> str | None:
+    """How the time of a step grows, or None if that was not measured."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for work in (work for file in files if file.op == GROWTH for work in file.works):
+        axis = work["about"]["axis"]
+        curves = panels.setdefault(AXES[axis], {})
+        for row in work["results"]:
+            curves.setdefault(row["contender"], []).append((work["about"]["at"][axis], row["median"]))
+    return growth(files[0].about["device"], panels) if any(panels.values()) else None
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -285,12 +224,14 @@ def main() -> None:
             for about, group in groupby(files, key=lambda file: file.about):
                 print("\n".join(lines(about, [work for file in group for work in file.works])))
         return
-    plots = {}
+    plots, growths = {}, {}
     for slug, files in machines.items():
-        path = arguments.folder / f"{slug}.svg"
-        path.write_text(plot(files))
-        plots[slug] = os.path.relpath(path, arguments.readme.parent).replace(os.sep, "/")
-    arguments.readme.write_text(insert(arguments.readme.read_text(), markdown(machines, plots)))
+        for kind, name, picture in ((plots, slug, bar_plot(files)), (growths, f"{slug}-growth", growth_plot(files))):
+            if picture is not None:
+                path = arguments.folder / f"{name}.svg"
+                path.write_text(picture)
+                kind[slug] = os.path.relpath(path, arguments.readme.parent).replace(os.sep, "/")
+    arguments.readme.write_text(insert(arguments.readme.read_text(), markdown(machines, plots, growths)))
 
 
 if __name__ == "__main__":

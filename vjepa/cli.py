@@ -17,7 +17,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "pretrain": ("vjepa.cli_pretrain", "pretrain a V-JEPA on a folder, a list or a weighted mix of videos"),
     "masks": ("vjepa.cli_masks", "draw the masks of a configuration over a real clip, as a PNG"),
-    "bench": ("vjepa.cli_bench", "how fast clips of your videos are read (bench data)"),
+    "bench": ("vjepa.cli_bench", "run the benchmarks on this machine, each beside its best peers, and print the table"),
     "doctor": ("vjepa.doctor", "versions, devices, native library, decoders; what is missing and how to get it"),
 }
 OK, FAILED, WRONG_USAGE = 0, 1, 2
