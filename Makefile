@@ -3,7 +3,7 @@
 #   TORCH   the PyTorch to install (torch==2.13.0): any requirement that pip understands, from version 2.10
 #   ARGS    passed on to the demo, the tests or the benchmarks
 #   OUT     folder of the benchmarks' JSON (benchmarks/results)
-#   STAGE   of `make gpu`: test, tokens, attention, block, overhead, ema or all (all)
+#   STAGE   of `make gpu`: test, tokens, attention, block, overhead, ema, step, growth or all (all)
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -21,7 +21,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 STAGED := build/stage
 
-.PHONY: demo test aot lint typecheck sanitize bench gpu gpu-test gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema gpu-stage gpu-machine venv clean stage
+.PHONY: demo test aot lint typecheck sanitize bench gpu gpu-test gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema gpu-step gpu-growth gpu-stage gpu-machine venv clean stage
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-train
@@ -53,7 +53,7 @@ bench: $(STAMP)-test
 # native library, and tests and benchmarks run from the stage, so that `import vjepa` finds it there. Each stage ends
 # within 8 minutes, if need be by an interrupt; a benchmark's JSON is written as soon as it is measured.
 GPU_STAGED := build/gpu
-GPU_STAGES := test tokens attention block overhead ema
+GPU_STAGES := test tokens attention block overhead ema step growth
 gpu_pytest = cd $(GPU_STAGED) && PYTHONPATH=$(abspath $(GPU_STAGED)) OUT=$(abspath $(OUT)) \
 	timeout --signal=INT --kill-after=20 $(1) $(PYTHON) -m pytest -q -ra --tb=short -c $(CURDIR)/pyproject.toml \
 	--rootdir $(CURDIR) -o addopts=--import-mode=importlib -p no:cacheprovider $(2) $(ARGS)
@@ -76,7 +76,9 @@ gpu-attention: BENCHMARKS := attention
 gpu-block: BENCHMARKS := norm mlp block
 gpu-overhead: BENCHMARKS := overhead
 gpu-ema: BENCHMARKS := ema gradient_norm optimizer
-gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema: gpu-stage
+gpu-step: BENCHMARKS := step step_largest
+gpu-growth: BENCHMARKS := step_growth
+gpu-tokens gpu-attention gpu-block gpu-overhead gpu-ema gpu-step gpu-growth: gpu-stage
 	$(call gpu_pytest,440,--benchmark-only $(BENCHMARKS:%=$(CURDIR)/benchmarks/bench_%.py))
 
 gpu-stage: gpu-machine $(GPU_STAGED)/.stamp

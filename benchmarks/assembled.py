@@ -1,9 +1,9 @@
 """V-JEPA from the best parts that PyTorch has: what a careful user would assemble without this library.
 
-Clips become patches once, which a linear map embeds: all of them for the target encoder, the kept ones alone for the context.
-Both mask kinds go through each layer together, packed; attention is a call of scaled_dot_product_attention for each kind.
-Targets are gathered before they are normalised. Norms, clipping and average are foreach operations, AdamW is the fused
-one, and nothing waits for the loss.
+Clips become patches once, which a linear map embeds: all of them for the target encoder, the kept ones alone for the
+context. Both mask kinds go through each layer together, packed; attention is a call of scaled_dot_product_attention
+for each kind. Targets are gathered before they are normalised. Norms, clipping and average are foreach operations,
+AdamW is the fused one, and nothing waits for the loss.
 
 Legend: N packed tokens, B clips, D features, P numbers of a patch.
 """

@@ -1,13 +1,13 @@
 """One full pretraining step: target, context, predictor, loss, backward, clipping, AdamW, moving average.
 
-Ours against straight PyTorch (straight.py), the same compiled layer by layer, the best parts of PyTorch (assembled.py), and,
-with --reference-repo PATH, the released code (released.py): the same weights, masks packed by truncation, clips and dtype; who
-has another loss is not timed. In bfloat16 weights are float32 and products run in bfloat16. Model FLOP are counted in
-flops.py, so that the share of a large matrix product is the model-FLOP utilisation. Peak memory is all that a contender needs: what
-a step adds, and weights, averages, moments and copies.
+Ours against straight PyTorch (straight.py), the same compiled layer by layer, the best parts of PyTorch
+(assembled.py), and, with --reference-repo PATH, the released code (released.py): the same weights, masks packed by
+truncation, clips and dtype; who has another loss is not timed. In bfloat16 weights are float32 and products run in
+bfloat16. Model FLOP are counted in flops.py, so that the share of a large matrix product is the model-FLOP
+utilisation. Peak memory is all that a contender needs: what a step adds, and weights, averages, moments and copies.
 
 On a CPU: ViT-S, 2 clips; torch.compile takes part in a small model, which also checks two steps of everybody in
-float32. On a GPU: ViT-L and ViT-H, 24 clips and the largest batch that fits.
+float32. On a GPU: ViT-L and ViT-H, 24 clips; bench_step_largest.py has the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import pytest
 import torch
 
 from .contenders import Runner, contenders, verifier, work_of
-from .clocks import Clock
-from .harness import FEWEST_ROUNDS, Contender, Outcome, Work, Wrong, dtype_name
-from .largest import largest_batches
+from .harness import FEWEST_ROUNDS, Wrong, dtype_name
 from .steps import PARTS, UPDATE, workload
 
 MODELS = {"cpu": ("vit_small",), "cuda": ("vit_large", "vit_huge")}
@@ -74,7 +72,7 @@ def bench_step_small(race, device, reference_repo, dtype):
     work = workload("vit_tiny", SMALL_CLIPS, dtype, device, **SMALL)
     name = f"{title('vit_tiny', SMALL_CLIPS, SMALL['image_size'])}, 3 + 3 blocks"
     entry = work_of(work, name, FEWEST_ROUNDS)
-    everybody = contenders(work, reference_repo, compiles=dtype == torch.bfloat16 or device.type == "cuda")
+    everybody = contenders(work, reference_repo, compiles=dtype == torch.bfloat16 and device.type == "cpu")
     race(entry, everybody, verifier(work, steps=2))
 
 
@@ -84,7 +82,7 @@ def bench_step_parts(race, device, reference_repo, part):
     """Parts alone. A result is known by its mean magnitude, which roundings of single numbers hardly move."""
     model, clips = MODELS[device.type][0], PART_CLIPS[device.type]
     work = workload(model, clips, torch.bfloat16, device)
-    everybody = contenders(work, reference_repo, compiles=device.type == "cuda")
+    everybody = contenders(work, reference_repo)
     expected: list[float] = []
 
     def verify(call: Runner, factor: float) -> None:
@@ -106,19 +104,3 @@ def mean_magnitude(found: object) -> float:
     """Of all numbers in a tensor or in a list of tensors."""
     tensors = found if isinstance(found, list) else [found]
     return sum(float(t.detach().double().abs().sum()) for t in tensors) / sum(t.numel() for t in tensors)
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [0, 1])
-def bench_step_largest(race, device, reference_repo, number):
-    """Time of a clip in the largest batch that fits, which each contender finds alone."""
-    if device.type == "cpu":
-        pytest.skip("what fits is a question for a GPU: a CPU has memory to spare")
-    model = MODELS["cuda"][number]
-    work = workload(model, 1, torch.bfloat16, device)
-
-    def measure(entry: Work, found: list[Contender], verify: None, clock: Clock, device: torch.device, rounds: int):
-        return largest_batches(entry, model, reference_repo, clock, device) if rounds else Outcome(entry)
-
-    name = f"{NAMES[model]}, a clip in the largest batch that fits"
-    race(work_of(work, name, FEWEST_ROUNDS), [], None, measure=measure)

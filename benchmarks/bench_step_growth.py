@@ -1,4 +1,4 @@
-"""How the time of a step grows with the batch, with the tokens of a clip and with the model, ours beside straight PyTorch."""
+"""How the time of a step grows with batch, tokens of a clip and model, ours beside straight PyTorch."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def bench_step_growth(race, device, number):
     work = workload(model, clips, torch.bfloat16, device, image_size=pixels)
     two = [contender for contender in contenders(work, None) if contender.name != ASSEMBLED]
     name = f"{NAMES[model]}, {clips} clips, {work.config.num_tokens} tokens each"
-    where = {"clips": clips, "tokens": work.config.num_tokens, "model": sum(p.numel() for p in work.model().parameters())}
+    where = {
+        "clips": clips,
+        "tokens": work.config.num_tokens,
+        "model": sum(p.numel() for p in work.model().parameters()),
+    }
     entry = work_of(work, name, ROUNDS, op="step_growth", axis="tokens" if axis == "pixels" else axis, at=where)
     race(entry, two, verifier(work))

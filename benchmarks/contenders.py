@@ -13,18 +13,20 @@ from vjepa.kernels import _dispatch
 
 from .assembled import Assembled
 from .clocks import Call
+from .flops import model_flop
 from .harness import COMPILED, Contender, Work, Wrong, dtype_name, peak_memory
 from .memory import host_peak
 from .ours import Ours
 from .released import Released
-from .flops import model_flop
 from .steps import Step, Workload, loss_of, nbytes
 from .straight import Straight
 
 STRAIGHT, ASSEMBLED, RELEASED = "straight PyTorch", "assembled best parts", "released code"
 COMPILED_STRAIGHT = f"{COMPILED} of straight PyTorch"
 NAMED_ON_GPU = ("triton", "cuda")
-FLOAT32 = 5e-6  # between the losses of two who sum in another order; so far apart may ours and the released trainer's be
+FLOAT32 = (
+    5e-6  # between the losses of two who sum in another order; so far apart may ours and the released trainer's be
+)
 BFLOAT16 = 2.0**-8  # relative: one step of a bfloat16, as which the released code holds the loss on a CPU
 
 
@@ -59,7 +61,9 @@ class Runner:
         return None if self.grown is None else self.grown + nbytes(self.made.state())
 
 
-def contenders(work: Workload, reference_repo: str | None, peers: bool = True, compiles: bool = False) -> list[Contender]:
+def contenders(
+    work: Workload, reference_repo: str | None, peers: bool = True, compiles: bool = False
+) -> list[Contender]:
     """Ours under auto, and on a GPU by name; then the peers, if asked for with the compiled one among them."""
     mine = Runner(lambda: Ours(work))
     found = [Contender(f"vjepa ({name})", mine, name, memory=mine.memory) for name in ("auto", *named(work.device))]

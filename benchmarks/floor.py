@@ -143,13 +143,20 @@ def compared(content: dict[str, Any]) -> list[str]:
         ops = step_ops(config, shapes["video"][0], shapes["context"], shapes["target"], low)
         own = [op for op in ops if about["part"] in (None, op.part)]
         floor = total(own, limits)
-        kinds = {kind: sum(limits.seconds(op) for op in own if op.kind == kind) for kind in dict.fromkeys(o.kind for o in own)}
+        kinds = {
+            kind: sum(limits.seconds(op) for op in own if op.kind == kind)
+            for kind in dict.fromkeys(o.kind for o in own)
+        }
         split = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in kinds.items())
         lines.append(f"{work['name']}, {work['dtype']}, {work['packing']}: floor {duration(floor)} ({split})")
         for row in rows:
             above = row["median"] - floor
-            words = f"{duration(above)} above it" if above >= 0 else f"{duration(-above)} below it: more than the ceilings"
-            lines.append(f"    {row['contender']}: {duration(row['median'])}, {row['median'] / floor:.2f} floors, {words}")
+            words = (
+                f"{duration(above)} above it" if above >= 0 else f"{duration(-above)} below it: more than the ceilings"
+            )
+            lines.append(
+                f"    {row['contender']}: {duration(row['median'])}, {row['median'] / floor:.2f} floors, {words}"
+            )
     return lines
 
 

@@ -1,16 +1,17 @@
 """FLOP, bytes and exponentials of one training step, operation by operation: what any implementation needs.
 
-Legend: B clips, L tokens of a clip, N packed tokens of a network, n tokens of one sequence, D its width, H = mlp_ratio D,
-P = 3 t h w numbers of a patch, c bytes of the products' dtype (2 in bfloat16, 4 in float32). Residuals, norms' inputs, gradients
-of weights, moments and averages have 4 bytes.
+Legend: B clips, L tokens of a clip, N packed tokens of a network, n tokens of one sequence, D its width, H =
+mlp_ratio D, P = 3 t h w numbers of a patch, c bytes of the products' dtype (2 in bfloat16, 4 in float32). Residuals,
+norms' inputs, gradients of weights, moments and averages have 4 bytes.
 
     product [N, a] x [a, b]      2 N a b FLOP forward, twice that backward (of the input, of the weight)
-    attention of one sequence    4 n^2 D FLOP forward (two products), 10 n^2 D backward (five), n^2 exponentials a head, each way
+    attention of one sequence    4 n^2 D FLOP forward, 10 n^2 D backward, and each way n^2 exponentials a head
     embedding                    2 P D FLOP a token that is kept, as much backward (of the weight alone)
 
-Bytes are what has to be read and written once when each line below is one pass over memory: residual and norm together, the
-GELU where the product before it ends, weights in the products' dtype kept by the optimizer. What is computed a second time to save
-memory counts as bytes, not as FLOP. Model FLOP are those of products and attention; model-FLOP utilisation (MFU) is
+Bytes are what has to be read and written once when each line below is one pass over memory: residual and norm
+together, the GELU where the product before it ends, weights in the products' dtype kept by the optimizer. What is
+computed a second time to save memory counts as bytes, not as FLOP. Model FLOP are those of products and attention;
+model-FLOP utilisation (MFU) is
 
     MFU = model FLOP of a clip * clips / seconds of a step / what a large matrix product of that dtype reaches
 """
@@ -156,7 +157,9 @@ def update(config: VJEPAConfig, low: int) -> Iterator[Op]:
     encoder, predictor = parameters(config)
     copy = low if low != WORD else 0
     yield Op(UPDATE, "gradient norms", PASS, moved=WORD * (encoder + predictor))
-    yield Op(UPDATE, "AdamW, average, copies", PASS, moved=encoder * (9 * WORD + 2 * copy) + predictor * (7 * WORD + copy))
+    yield Op(
+        UPDATE, "AdamW, average, copies", PASS, moved=encoder * (9 * WORD + 2 * copy) + predictor * (7 * WORD + copy)
+    )
 
 
 def loss(config: VJEPAConfig, target: Sequence[int], low: int) -> Iterator[Op]:
@@ -165,10 +168,8 @@ def loss(config: VJEPAConfig, target: Sequence[int], low: int) -> Iterator[Op]:
     yield Op(LOSS, "norm of features, gather, L1, forward and backward", PASS, moved=moved)
 
 
-def step_ops(
-    config: VJEPAConfig, clips: int, context: Sequence[int], target: Sequence[int], low: int = 2
-) -> list[Op]:
-    """All operations of a step on `clips` clips; context and target: tokens of each set; low: bytes of the products' dtype."""
+def step_ops(config: VJEPAConfig, clips: int, context: Sequence[int], target: Sequence[int], low: int = 2) -> list[Op]:
+    """All operations of a step; context, target: tokens of each set; low: bytes of the products' dtype."""
     ops = []
     for part, lengths, trained in ((TARGET, [config.num_tokens] * clips, False), (CONTEXT, context, True)):
         blocks, ends = encoder(config, part, lengths, trained, low)

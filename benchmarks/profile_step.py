@@ -2,10 +2,10 @@
 
     python -m benchmarks.profile_step [--precision bf16] [--reference-repo PATH]
 
-writes the table between the markers of docs/step_cpu.md for the precision: ViT-S, 2 clips of 16 x 224 x 224, masks packed by
-truncation. torch.profiler times one step of ours, of straight PyTorch and, if a path is given, of the released code, each after a
-step that is not counted. An operation's own time goes to the first group whose pattern its name has, or else the name of
-what called it; what nothing recorded (Python, waiting) is "rest".
+writes the table between the markers of docs/step_cpu.md for the precision: ViT-S, 2 clips of 16 x 224 x 224, masks
+packed by truncation. torch.profiler times one step of ours, of straight PyTorch and, if a path is given, of the
+released code, each after a step that is not counted. An operation's own time goes to the first group whose pattern
+its name has, or else the name of what called it; what nothing recorded (Python, waiting) is "rest".
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ REST = "rest"
 GROUPS = {
     UPDATE: r"^Optimizer\.step|^update$|gradient_norms|linalg_vector_norm|_foreach_norm|adamw|ema_",
     "attention": r"attention|softmax",
-    "matrix products": r"::(mm|addmm|bmm|baddbmm|linear|matmul|_?mlp\w*|\w*mkldnn\w*|\w*onednn\w*|\w*convolution\w*|tubelet\w*)$",
+    "matrix products": r"::(mm|addmm|bmm|baddbmm|linear|matmul|_?mlp\w*|tubelet\w*)$|mkldnn|onednn|convolution",
     "norms + GELU + adds": r"layer_norm|gelu|::(add|mul|sub|div|sum|neg|abs|sgn|mean)_?$",
-    "casts + copies": r"::(_to_copy|to|copy_|clone|contiguous|cat|stack|gather\w*|scatter\w*|index\w*|repeat\w*|fill_|zero_|zeros\w*"
-    r"|empty\w*|expand|slice\w*|predictor_tokens\w*)$",
+    "casts + copies": r"::(_to_copy|to|copy_|clone|contiguous|cat|stack|fill_|zero_|expand)$"
+    r"|::(gather|scatter|index|repeat|zeros|empty|slice|predictor_tokens)\w*$",
 }
 
 
@@ -111,7 +111,9 @@ def table(found: dict[str, Found], work: Workload, gemm: float, line: str) -> st
     flop = sum(op.flop for op in ops)
     walls = " | ".join(duration(one.wall) for one in found.values())
     rows.append(f"| **step** | {walls} | {duration(flop / gemm)} |")
-    words = f"{line}. A large matrix product reaches {gemm / TERA:.3f} TFLOP/s in the same run; floor: FLOP at that rate."
+    words = (
+        f"{line}. A large matrix product reaches {gemm / TERA:.3f} TFLOP/s in the same run; floor: FLOP at that rate."
+    )
     return "\n".join([words, "", *rows])
 
 

@@ -1,8 +1,8 @@
 """The released V-JEPA code as a contender, run from a checkout of it, whose path `--reference-repo` gives.
 
-Its networks, its wrappers for several masks and its gathering are called as they are; what its trainer does around them is
-done here without its logging: AdamW with PyTorch's defaults, clipping of encoder and predictor apart, and the moving average from
-tensor to tensor. It gets our weights.
+Its networks, its wrappers for several masks and its gathering are called as they are; what its trainer does around
+them is done here without its logging: AdamW with PyTorch's defaults, clipping of encoder and predictor apart, and the
+moving average from tensor to tensor. It gets our weights.
 """
 
 from __future__ import annotations

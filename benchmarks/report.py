@@ -94,7 +94,9 @@ def lines(about: dict[str, Any], works: Sequence[Work]) -> Iterator[str]:
     for work in works:
         peer, rows = best_peer(work), ours(work)
         ratios = "  ".join(f"{row['backend']} {times(row['ratio'])}" for row in rows)
-        reached = " ".join([duration(rows[0]["median"]), *step_figures(rows[0], work), rate(rows[0], work)]) if rows else ""
+        reached = (
+            " ".join([duration(rows[0]["median"]), *step_figures(rows[0], work), rate(rows[0], work)]) if rows else ""
+        )
         figure = f"{ratios} | {reached}" if rows else "not timed"
         words = " ".join([peer["contender"], duration(peer["median"]), *step_figures(peer, work)]) if peer else ""
         beside = f" | {words}" if rows and peer else ""

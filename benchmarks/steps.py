@@ -1,8 +1,8 @@
 """What the contenders of bench_step share: one model, its masks and clips, the schedule, and how a contender looks.
 
-All start from the same weights. Masks are packed by truncation, so that those who know rectangles alone can run them. Clips are
-uint8 for us, whose first kernel normalises; peers get normalised floats for nothing, as the released recipe's workers
-make them.
+All start from the same weights. Masks are packed by truncation, so that those who know rectangles alone can run them.
+Clips are uint8 for us, whose first kernel normalises; peers get normalised floats for nothing, as the released
+recipe's workers make them.
 """
 
 from __future__ import annotations

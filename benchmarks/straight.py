@@ -21,8 +21,19 @@ from vjepa import VJEPAConfig
 from vjepa.positions import sincos_3d
 
 from .harness import compiled
-from .steps import CONTEXT, LOSS, PREDICTOR, TARGET, UPDATE, Workload
-from .steps import decayed_apart, draw_gradients, moments, set_schedule, with_gradients  # fmt: skip
+from .steps import (  # fmt: skip
+    CONTEXT,
+    LOSS,
+    PREDICTOR,
+    TARGET,
+    UPDATE,
+    Workload,
+    decayed_apart,
+    draw_gradients,
+    moments,
+    set_schedule,
+    with_gradients,
+)
 
 NORM_EPS = 1e-6
 PREDICTOR_MLP_RATIO = 4.0

@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vjepa bench", description=DESCRIPTION)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run, such as step or ema (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="benchmarks to run, such as step or ema (default: all)"
+    )
     help_text = "folder for the results, one JSON file for each benchmark (default: %(default)s)"
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"), metavar="DIR", help=help_text)
     help_text = "a checkout of the released V-JEPA code, which then takes part in the benchmark of a training step"
