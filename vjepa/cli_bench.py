@@ -68,7 +68,7 @@ def suite() -> Path:
         if all((place / SUITE / name).is_file() for name in BESIDE):
             return place / SUITE
     raise CommandError(
-        f"the folder {SUITE!r} of the source checkout is needed; install the checkout with 'pip install -e .', or run this in it"
+        f"the folder {SUITE!r} of the source checkout is needed; install that with 'pip install -e .', or run this in it"
     )
 
 
