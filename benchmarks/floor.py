@@ -74,7 +74,8 @@ def page() -> str:
         "",
         f"ViT-L, {CLIPS} clips of 16 x 224 x 224, bfloat16, masks packed by truncation: {CONTEXT[0]} and {CONTEXT[1]} "
         f"context tokens and {TARGETS[0]} and {TARGETS[1]} targets of a clip. `python -m benchmarks.floor` writes this "
-        "page; the formulas are in `benchmarks/flops.py`. Nothing was measured for it: this is what a step of these operations cannot go below.",
+        "page; the formulas are in `benchmarks/flops.py`. Nothing was measured for it: this is what a step of these "
+        "operations cannot go below.",
         "",
         f"Limits: {H200.name}, {H200.flop / TERA:.0f} TFLOP/s of dense bfloat16 products, "
         f"{H200.moved / TERA:.1f} TB/s, {H200.exps / TERA:.1f} x 10^12 exponentials/s. An operation takes at least the "

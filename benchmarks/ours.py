@@ -11,7 +11,18 @@ from torch import Tensor
 from vjepa.kernels import gradient_norms, masked_l1_loss
 from vjepa.train import Trainer
 
-from .steps import CONTEXT, LOSS, PREDICTOR, TARGET, UPDATE, Workload, draw_gradients, moments, with_gradients
+from .steps import (
+    CONTEXT,
+    LOSS,
+    PREDICTOR,
+    TARGET,
+    UPDATE,
+    Workload,
+    draw_gradients,
+    moments,
+    set_schedule,
+    with_gradients,
+)
 from .straight import gradients
 
 TINY = 1e-6  # added to a norm before it divides, as in PyTorch's clipping
@@ -37,7 +48,9 @@ class Ours:
             features = model.target_encoder(video)
         draw_gradients(model.encoder, model.predictor)
         grads = [[p.grad for p in module.parameters()] for module in (model.encoder, model.predictor)]
-        limit = work.recipe.clip_grad
+        limit, values = work.recipe.clip_grad, work.recipe.schedules().at(0)
+        set_schedule(optimizer, values)
+        optimizer.momentum = values.momentum
 
         def target() -> Tensor:
             with torch.no_grad(), work.autocast():

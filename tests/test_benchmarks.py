@@ -52,7 +52,7 @@ def run_bench(folder: Path, extra: str, *options: str) -> tuple[subprocess.Compl
     """A benchmark of its own beside the real harness; what it printed and the JSON it wrote."""
     package = folder / "benchmarks"
     package.mkdir()
-    for name in ("__init__", "clocks", "conftest", "harness", "machine", "report"):
+    for name in ("__init__", "clocks", "conftest", "harness", "machine", "plots", "report", "words"):
         (package / f"{name}.py").write_text((ROOT / "benchmarks" / f"{name}.py").read_text())
     (package / "bench_gather.py").write_text(BENCH.replace("EXTRA", extra))
     (folder / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n")
