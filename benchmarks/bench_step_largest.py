@@ -98,6 +98,6 @@ def largest(attempt: Callable[[int], int | None]) -> tuple[int, int]:
             fits, peak = clips, found
         if beyond > MOST:
             clips = min(2 * fits, MOST)
-        elif fits:
-            clips = fits + (beyond - fits) // 2 // FINEST * FINEST
+        elif fits and beyond - fits > FINEST:
+            clips = fits + max(1, (beyond - fits) // 2 // FINEST) * FINEST
     return fits, peak
