@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vjepa import VJEPA, VJEPAConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"image_size": 64, "num_frames": 8, "depth": 2, "predictor_depth": 2}
+SMALL = {"image_size": 64, "num_frames": 8, "depth": 2, "predictor_depth": 2, "predictor_embed_dim": 48}
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_flop_of_vit_l_are_those_of_the_design(bench):
 
 @pytest.mark.parametrize("preset", ["vit_tiny", "vit_small"])
 def test_the_weights_are_counted(bench, preset):
-    model = VJEPA.from_preset(preset, num_frames=2, image_size=32)
+    model = VJEPA.from_preset(preset, num_frames=2, image_size=32, depth=2, predictor_depth=3)
     counted = tuple(sum(p.numel() for p in network.parameters()) for network in (model.encoder, model.predictor))
     assert bench.flops.parameters(model.config) == counted
 
@@ -94,14 +94,12 @@ def test_the_page_of_floors_is_up_to_date(bench):
 def content(bench):
     """Results of a step, of one part, and of growth, at ceilings of which each is a nice number."""
     work = bench.steps.workload("vit_tiny", 2, torch.bfloat16, torch.device("cpu"), **SMALL)
-    clock = iter([4.0, 2.0, 5.0, 3.0] * 9)
 
     def outcome(entry):
         harness = bench.harness
         ours = harness.Contender("vjepa (auto)", int, "auto", memory=lambda: 3_000_000_000)
-        peers = [
-            harness.Contender(name, int, memory=lambda: 6_000_000_000) for name in ("straight PyTorch", "released code")
-        ]
+        names = ("straight PyTorch", "released code")
+        peers = [harness.Contender(name, int, memory=lambda: 6_000_000_000) for name in names]
         found = harness.Outcome(entry, left_out={"torch.compile of straight PyTorch": "RuntimeError: no compiler"})
         for contender, seconds in zip([ours, *peers], (2.0, 5.0, 3.0), strict=True):
             peak = contender.memory()
@@ -110,7 +108,6 @@ def content(bench):
         bench.machine.Ceilings(20.0, {"bfloat16": 0.02}).set_shares(found)
         return found.as_dict()
 
-    assert next(clock) == 4.0
     whole, part = (
         outcome(bench.contenders.work_of(work, name, 3, part=part))
         for name, part in (("ViT-Ti, 2 clips", None), ("ViT-Ti, 2 clips: loss", "loss"))

@@ -1,4 +1,4 @@
-"""The contenders of bench_step take the same step, their check would notice if one did not, and the released code keeps to itself."""
+"""The contenders of bench_step take the same step, and their check would notice if one did not."""
 
 from __future__ import annotations
 
