@@ -59,8 +59,7 @@ def bench_step_exact(race, device):
     work = workload(model, clips, torch.bfloat16, device, packing="exact")
 
     def verify(call: Runner, factor: float) -> None:
-        call.restart()
-        call()  # losses of packed sets are compared in the tests
+        call.first()  # losses of packed sets are compared in the tests
 
     race(work_of(work, title(model, clips), FP32_ROUNDS), contenders(work, None, peers=False), verify)
 
@@ -86,8 +85,8 @@ def bench_step_parts(race, device, reference_repo, part):
     expected: list[float] = []
 
     def verify(call: Runner, factor: float) -> None:
-        call.restart(part)
-        found = call()
+        call.part = part
+        found = call.first()
         if part == UPDATE:
             return  # nothing comes back; bench_step_small checks what it does
         magnitude = mean_magnitude(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ from .straight import Straight
 STRAIGHT, ASSEMBLED, RELEASED = "straight PyTorch", "assembled best parts", "released code"
 COMPILED_STRAIGHT = f"{COMPILED} of straight PyTorch"
 NAMED_ON_GPU = ("triton", "cuda")
-FLOAT32 = (
-    5e-6  # between the losses of two who sum in another order; so far apart may ours and the released trainer's be
-)
+FLOAT32 = 5e-6  # between losses of two who sum in another order, as between ours and the released trainer's
 BFLOAT16 = 2.0**-8  # relative: one step of a bfloat16, as which the released code holds the loss on a CPU
 
 
@@ -36,12 +33,14 @@ class Runner:
     def __init__(self, make: Callable[[], Step]) -> None:
         self.make = make
         self.made: Step | None = None
-        self.grown: int | None = None
         self.call: Call | None = None
+        self.part: str | None = None
+        self.grown: int | None = None
 
     def restart(self, part: str | None = None) -> None:
         """Begins anew; from now on a call is a full step, or `part` of one."""
         self.free()
+        self.part = part
         self.made = self.make()
         self.call = self.made.step if part is None else self.made.parts()[part]
 
@@ -52,7 +51,22 @@ class Runner:
             torch.cuda.empty_cache()
 
     def __call__(self) -> Any:
+        if self.call is None:  # freed since it was checked, because somebody it is shared with did not fit
+            self.restart(self.part)
         return self.call()
+
+    def first(self) -> Any:
+        """The first call after a restart. On a CPU it is charged for its memory; who does not fit into a GPU's is freed."""
+        found: list[Any] = []
+        try:
+            self.restart(self.part)
+            if torch.cuda.is_initialized():
+                return self()
+            self.grown = host_peak(lambda: found.append(self()))
+            return found[0]
+        except torch.OutOfMemoryError:
+            self.free()
+            raise
 
     def memory(self) -> int | None:
         """Bytes: what one step adds, and what stays between steps."""
@@ -90,31 +104,19 @@ def verifier(work: Workload, steps: int = 1) -> Callable[[Call, float], None]:
     """verify(call, factor): the losses of the first steps of `call`, begun anew, against straight PyTorch's in float32.
 
     In float32 they may differ by FLOAT32. In bfloat16 by BFLOAT16 of the loss: it is a mean over so many numbers that their
-    own roundings cancel, but it may be held in bfloat16 itself. On a CPU the first step is also charged for its memory.
+    own roundings cancel, but it may be held in bfloat16 itself.
     """
     expected = expected_losses(work, steps)
     allowed = [FLOAT32 if work.dtype == torch.float32 else BFLOAT16 * loss for loss in expected]
 
     def verify(call: Call, factor: float) -> None:
         assert isinstance(call, Runner)
-        call.restart()
-        losses: list[float] = []
-        first = partial(_append, losses, call)
-        if work.device.type == "cpu":
-            call.grown = host_peak(first)
-        else:
-            first()
-        for _ in range(steps - 1):
-            _append(losses, call)
+        losses = [loss_of(call.first()), *(loss_of(call()) for _ in range(steps - 1))]
         for number, (loss, exact, limit) in enumerate(zip(losses, expected, allowed, strict=True)):
             if not abs(loss - exact) <= limit:
                 raise Wrong(f"loss of step {number} is {loss:.7g}, expected {exact:.7g} within {limit:.2g}")
 
     return verify
-
-
-def _append(losses: list[float], call: Call) -> None:
-    losses.append(loss_of(call()))
 
 
 def expected_losses(work: Workload, steps: int) -> list[float]:
