@@ -24,7 +24,7 @@ from .steps import PARTS, UPDATE, workload
 MODELS = {"cpu": ("vit_small",), "cuda": ("vit_large", "vit_huge")}
 CLIPS = {"cpu": 2, "cuda": 24}
 ROUNDS = {"cpu": 3, "cuda": FEWEST_ROUNDS}
-FP32_ROUNDS = 2  # half as fast, and the quotients of two turns differ by few percent
+FEW_ROUNDS = 2  # in float32, of parts, and of exact packing, where all rounds would take too long on a CPU
 NAMES = {"vit_tiny": "ViT-Ti", "vit_small": "ViT-S", "vit_base": "ViT-B", "vit_large": "ViT-L", "vit_huge": "ViT-H"}
 SMALL = {"image_size": 64, "depth": 3, "predictor_depth": 3}  # on a CPU a step of half a second or less
 SMALL_CLIPS = 4
@@ -46,7 +46,7 @@ def bench_step(race, device, reference_repo, number, dtype):
         pytest.skip("float32 is measured on a CPU")
     model, clips = MODELS[device.type][number], CLIPS[device.type]
     work = workload(model, clips, dtype, device)
-    rounds = FP32_ROUNDS if dtype == torch.float32 else ROUNDS[device.type]
+    rounds = FEW_ROUNDS if dtype == torch.float32 else ROUNDS[device.type]
     entry = work_of(work, title(model, clips), rounds)
     everybody = contenders(work, reference_repo, compiles=device.type == "cuda")
     race(entry, everybody, verifier(work))
@@ -61,7 +61,7 @@ def bench_step_exact(race, device):
     def verify(call: Runner, factor: float) -> None:
         call.first()  # losses of packed sets are compared in the tests
 
-    race(work_of(work, title(model, clips), FP32_ROUNDS), contenders(work, None, peers=False), verify)
+    race(work_of(work, title(model, clips), FEW_ROUNDS), contenders(work, None, peers=False), verify)
 
 
 @pytest.mark.timeout(900)
@@ -96,7 +96,8 @@ def bench_step_parts(race, device, reference_repo, part):
 
     everybody = [dataclasses.replace(contender, memory=None) for contender in everybody]
     name = f"{title(model, clips)}: {PARTS[part]}"
-    race(work_of(work, name, ROUNDS[device.type], part=part), everybody, verify)
+    rounds = FEWEST_ROUNDS if device.type == "cuda" else FEW_ROUNDS
+    race(work_of(work, name, rounds, part=part), everybody, verify)
 
 
 def mean_magnitude(found: object) -> float:

@@ -23,7 +23,7 @@ def points(kind: str) -> list[tuple[str, str, int, int]]:
     axes = AXES[kind]
     along = [("clips", model, number, pixels) for number in axes["clips"]]
     along += [("pixels", model, clips, number) for number in axes["pixels"]]
-    return along + [("model", name, clips, pixels) for name in axes["model"]]
+    return along + [("model", name, clips, pixels) for name in axes["model"]]  # the centre thrice: each axis in one go
 
 
 POINTS = {kind: points(kind) for kind in AXES}

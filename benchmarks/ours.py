@@ -42,10 +42,11 @@ class Ours:
     def parts(self) -> dict[str, Callable[[], Any]]:
         work, model, optimizer = self.work, self.model, self.trainer.optimizer
         video, masks, grid = work.video, work.masks, work.config.grid
-        with torch.no_grad(), work.autocast():
-            seen = model.encoder(video, masks.context)
-            predicted = model.predictor(seen, masks.context, masks.target, masks.kind, grid)
-            features = model.target_encoder(video)
+        seen, features = (
+            work.once(lambda: model.encoder(video, masks.context)),
+            work.once(lambda: model.target_encoder(video)),
+        )
+        predicted = work.once(lambda: model.predictor(seen(), masks.context, masks.target, masks.kind, grid))
         draw_gradients(model.encoder, model.predictor)
         grads = [[p.grad for p in module.parameters()] for module in (model.encoder, model.predictor)]
         limit, values = work.recipe.clip_grad, work.recipe.schedules().at(0)
@@ -63,16 +64,16 @@ class Ours:
             return out
 
         def predictor() -> Tensor:
-            x = seen.detach().requires_grad_()
+            x = seen().detach().requires_grad_()
             with work.autocast():
                 out = model.predictor(x, masks.context, masks.target, masks.kind, grid)
             gradients([out], [*with_gradients(model.predictor), x])
             return out
 
         def loss() -> Tensor:
-            z = predicted.detach().requires_grad_()
+            z = predicted().detach().requires_grad_()
             with work.autocast():
-                value = masked_l1_loss(z, features, masks.target)
+                value = masked_l1_loss(z, features(), masks.target)
             torch.autograd.grad(value, [z])
             return value
 

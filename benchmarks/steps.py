@@ -107,6 +107,16 @@ class Workload:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    def once(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """`call` without gradients, in the workload's precision, when it is first needed; the same result from then on."""
+
+        @functools.cache
+        def result() -> Any:
+            with torch.no_grad(), self.autocast():
+                return call()
+
+        return result
+
 
 def workload(
     preset: str,

@@ -207,10 +207,8 @@ class Straight:
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         work = self.work
-        with torch.no_grad(), work.autocast():
-            contexts = self.contexts()
-            predictions = self.predictions(contexts)
-            features = self.features()
+        contexts, features = work.once(self.contexts), work.once(self.features)
+        predictions = work.once(lambda: self.predictions(contexts()))
         draw_gradients(self.encoder, self.predictor)
         values = work.recipe.schedules().at(0)
         set_schedule(self.optimizer, values)
@@ -226,16 +224,16 @@ class Straight:
             return out
 
         def predictor() -> list[Tensor]:
-            inputs = [x.detach().requires_grad_() for x in contexts]
+            inputs = [x.detach().requires_grad_() for x in contexts()]
             with work.autocast():
                 out = self.predictions(inputs)
             gradients(out, [*with_gradients(self.predictor), *inputs])
             return out
 
         def loss() -> Tensor:
-            inputs = [z.detach().requires_grad_() for z in predictions]
+            inputs = [z.detach().requires_grad_() for z in predictions()]
             with work.autocast():
-                value = self.loss(inputs, features)
+                value = self.loss(inputs, features())
             torch.autograd.grad(value, inputs)
             return value
 
