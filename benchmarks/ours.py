@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,40 +41,42 @@ class Ours:
         return self.trainer.step(self.work.video, self.work.masks)
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        work, model, optimizer = self.work, self.model, self.trainer.optimizer
+        work, net, optimizer = self.work, self.trainer.network, self.trainer.optimizer
+        lowered = net is not self.model  # then its matrices are bfloat16 already
         video, masks, grid = work.video, work.masks, work.config.grid
-        seen, features = (
-            work.once(lambda: model.encoder(video, masks.context)),
-            work.once(lambda: model.target_encoder(video)),
-        )
-        predicted = work.once(lambda: model.predictor(seen(), masks.context, masks.target, masks.kind, grid))
-        draw_gradients(model.encoder, model.predictor)
-        grads = [[p.grad for p in module.parameters()] for module in (model.encoder, model.predictor)]
-        limit, values = work.recipe.clip_grad, work.recipe.schedules().at(0)
-        set_schedule(optimizer, values)
-        optimizer.momentum = values.momentum
+
+        def precision() -> AbstractContextManager[Any]:
+            return nullcontext() if lowered else work.autocast()
+
+        with torch.no_grad(), precision():
+            seen = net.encoder(video, masks.context)
+            predicted = net.predictor(seen, masks.context, masks.target, masks.kind, grid)
+            features = net.target_encoder(video)
+        draw_gradients(net.encoder, net.predictor)
+        grads = [[p.grad for p in module.parameters()] for module in (net.encoder, net.predictor)]
+        limit = work.recipe.clip_grad
 
         def target() -> Tensor:
-            with torch.no_grad(), work.autocast():
-                return model.target_encoder(video)
+            with torch.no_grad(), precision():
+                return net.target_encoder(video)
 
         def context() -> Tensor:
-            with work.autocast():
-                out = model.encoder(video, masks.context)
-            gradients([out], with_gradients(model.encoder))
+            with precision():
+                out = net.encoder(video, masks.context)
+            gradients([out], with_gradients(net.encoder))
             return out
 
         def predictor() -> Tensor:
-            x = seen().detach().requires_grad_()
-            with work.autocast():
-                out = model.predictor(x, masks.context, masks.target, masks.kind, grid)
-            gradients([out], [*with_gradients(model.predictor), x])
+            x = seen.detach().requires_grad_()
+            with precision():
+                out = net.predictor(x, masks.context, masks.target, masks.kind, grid)
+            gradients([out], [*with_gradients(net.predictor), x])
             return out
 
         def loss() -> Tensor:
-            z = predicted().detach().requires_grad_()
-            with work.autocast():
-                value = masked_l1_loss(z, features(), masks.target)
+            z = predicted.detach().requires_grad_()
+            with precision():
+                value = masked_l1_loss(z, features, masks.target)
             torch.autograd.grad(value, [z])
             return value
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from vjepa.kernels import add_layer_norm, mlp, varlen_attention
-from vjepa.model.precision import product_dtype
+from vjepa.kernels._linear import linear
+from vjepa.model.precision import Linear, product_dtype
 
 LAYER_NORM_EPS = 1e-6  # of every norm in encoder and predictor; the released weights were trained with it
 
@@ -35,8 +35,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | Tensor, wanted: Wanted | None = None

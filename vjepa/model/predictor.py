@@ -7,7 +7,7 @@ from vjepa.config import VJEPAConfig
 from vjepa.kernels import TokenIndices, predictor_tokens
 from vjepa.model.blocks import LAYER_NORM_EPS, Block, Wanted, add_norm, run_blocks
 from vjepa.model.position_table import PositionTable
-from vjepa.model.precision import apply_linear, product_dtype
+from vjepa.model.precision import Linear, product_dtype
 
 MLP_RATIO = 4.0  # whatever the encoder's, as in the released predictors
 
@@ -28,14 +28,14 @@ class Predictor(nn.Module):
         super().__init__()
         self.config = config
         width = config.predictor_embed_dim
-        self.predictor_embed = nn.Linear(config.embed_dim, width)
+        self.predictor_embed = Linear(config.embed_dim, width)
         self.mask_tokens = nn.Parameter(torch.zeros(config.num_mask_tokens, width))
         self.positions = PositionTable(width, config.grid, config.uniform_power)
         self.predictor_blocks = nn.ModuleList(
             Block(width, config.predictor_heads, MLP_RATIO) for _ in range(config.predictor_depth)
         )
         self.predictor_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.predictor_proj = nn.Linear(width, config.embed_dim)
+        self.predictor_proj = Linear(width, config.embed_dim)
         self.activation_checkpointing = False
 
     def forward(
@@ -51,7 +51,7 @@ class Predictor(nn.Module):
             raise TypeError(f"context must be a floating-point tensor, got {given}")
         if context.ndim != 2 or context.shape[1] != self.config.embed_dim:
             raise ValueError(f"context must have shape (Nc, {self.config.embed_dim}), got {tuple(context.shape)}")
-        embedded = apply_linear(self.predictor_embed, context)
+        embedded = self.predictor_embed(context)
         pos_embed = self.positions(grid or self.config.grid)
         tokens, sets = predictor_tokens(embedded, self.mask_tokens, pos_embed, context_idx, target_idx, kind)
         checkpointing = self.activation_checkpointing

@@ -75,7 +75,7 @@ class Trainer:
             groups, shadows, betas=config.betas, eps=config.eps, copies=copies, capturable=not on_cpu
         )
         self._low = LowPrecision(model, self.optimizer) if copies else None
-        self._forward = forward_of(self._low.twin if self._low else model, config, self.device)
+        self._forward = forward_of(self.network, config, self.device)
         self._parts = {
             "encoder": list(model.encoder.parameters()),
             "predictor": list(model.predictor.parameters()),
@@ -84,6 +84,11 @@ class Trainer:
         self._waits = on_cpu  # for the numbers of a step before it changes the weights
         self._halted = torch.zeros((), device=self.device)
         self._awaited: StepNumbers | None = None
+
+    @property
+    def network(self) -> VJEPA:
+        """What a step computes with: the model, or in bf16 its twin, whose matrices are the optimizer's copies."""
+        return self._low.twin if self._low else self.model
 
     def step(self, video: torch.Tensor, masks: Masks, *, monitors: bool = False) -> StepNumbers:
         """Trains on one batch. On a GPU nothing waits for it: what it computed arrives while the host goes on.
