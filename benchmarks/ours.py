@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,41 +41,39 @@ class Ours:
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         work, net, optimizer = self.work, self.trainer.network, self.trainer.optimizer
-        lowered = net is not self.model  # then its matrices are bfloat16 already
         video, masks, grid = work.video, work.masks, work.config.grid
-
-        def precision() -> AbstractContextManager[Any]:
-            return nullcontext() if lowered else work.autocast()
-
-        with torch.no_grad(), precision():
-            seen = net.encoder(video, masks.context)
-            predicted = net.predictor(seen, masks.context, masks.target, masks.kind, grid)
-            features = net.target_encoder(video)
+        seen, features = (
+            work.once(lambda: net.encoder(video, masks.context)),
+            work.once(lambda: net.target_encoder(video)),
+        )
+        predicted = work.once(lambda: net.predictor(seen(), masks.context, masks.target, masks.kind, grid))
         draw_gradients(net.encoder, net.predictor)
         grads = [[p.grad for p in module.parameters()] for module in (net.encoder, net.predictor)]
-        limit = work.recipe.clip_grad
+        limit, values = work.recipe.clip_grad, work.recipe.schedules().at(0)
+        set_schedule(optimizer, values)
+        optimizer.momentum = values.momentum
 
         def target() -> Tensor:
-            with torch.no_grad(), precision():
+            with torch.no_grad(), work.autocast():
                 return net.target_encoder(video)
 
         def context() -> Tensor:
-            with precision():
+            with work.autocast():
                 out = net.encoder(video, masks.context)
             gradients([out], with_gradients(net.encoder))
             return out
 
         def predictor() -> Tensor:
-            x = seen.detach().requires_grad_()
-            with precision():
+            x = seen().detach().requires_grad_()
+            with work.autocast():
                 out = net.predictor(x, masks.context, masks.target, masks.kind, grid)
             gradients([out], [*with_gradients(net.predictor), x])
             return out
 
         def loss() -> Tensor:
-            z = predicted.detach().requires_grad_()
-            with precision():
-                value = masked_l1_loss(z, features, masks.target)
+            z = predicted().detach().requires_grad_()
+            with work.autocast():
+                value = masked_l1_loss(z, features(), masks.target)
             torch.autograd.grad(value, [z])
             return value
 
