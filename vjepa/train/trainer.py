@@ -35,6 +35,7 @@ from vjepa.monitors import collapse_metrics
 from vjepa.train.distributed import current_world, gather_objects, mean_over_ranks
 from vjepa.train.guard import NonFiniteError
 from vjepa.train.low_precision import COPIES, LowPrecision
+from vjepa.train.memory import keep_freed_memory
 from vjepa.train.network import forward_of, resolve_device
 from vjepa.train.numbers import StepNumbers
 from vjepa.train.optimizer import load_moments, moment_tensors, parameter_groups
@@ -54,7 +55,8 @@ class Trainer:
     Attributes:
         steps_done: Optimizer steps applied so far, which is also the number k of the next step.
 
-    Inside an initialised torch.distributed process group, gradients are averaged over the processes.
+    Inside an initialised torch.distributed process group, gradients are averaged over the processes. On a CPU under glibc
+    the process keeps from then on the memory that it frees (see `vjepa.train.memory`).
 
     Raises:
         ValueError: The configured device does not exist.
@@ -69,6 +71,8 @@ class Trainer:
         model.set_activation_checkpointing(config.activation_checkpointing)
         groups, shadows = parameter_groups(model)
         on_cpu, alone = self.device.type == "cpu", current_world().size == 1
+        if on_cpu:
+            keep_freed_memory()
         # with several processes gradients are averaged in float32, which autocast gives
         copies = COPIES if config.precision == "bf16" and alone else None
         self.optimizer = AdamWEMA(

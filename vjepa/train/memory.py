@@ -1,0 +1,32 @@
+"""Memory that a step on a CPU frees is memory for the next one.
+
+glibc maps large blocks anew each time and gives the end of the heap back, and the system clears each page of them at its
+next use: hundreds of thousands of page faults a step, which take longer than the work on many of these tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+
+# mallopt's parameters, of <malloc.h>
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+NEVER = -1  # as a trim threshold
+LARGEST = (
+    1 << 30
+)  # bytes of a block that comes from the heap; more than any tensor of a step that fits a CPU's patience
+AHEAD = 1 << 26  # bytes by which the heap grows at least
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees, for as long as it lives; False where the C library is not glibc.
+
+    For all that the process does, not for tensors alone; it then holds the most that it has needed at once.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = ((MMAP_THRESHOLD, LARGEST), (TRIM_THRESHOLD, NEVER), (TOP_PAD, AHEAD))
+    return all([libc.mallopt(name, value) for name, value in settings])
