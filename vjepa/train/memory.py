@@ -29,4 +29,5 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     settings = ((MMAP_THRESHOLD, LARGEST), (TRIM_THRESHOLD, NEVER), (TOP_PAD, AHEAD))
-    return all([libc.mallopt(name, value) for name, value in settings])
+    taken = [libc.mallopt(name, value) for name, value in settings]
+    return all(taken)
