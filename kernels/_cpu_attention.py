@@ -93,6 +93,12 @@ def unfit(q: Tensor, scale: float, *lengths: Tensor) -> str | None:
     return None if scale > 0 and isfinite(scale) else f"its kernels need a positive, finite scale, got {scale}"
 
 
+def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise unless an argument of the operator is laid out as its kernel takes for granted."""
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(f"{name} must be {describe(like)}, got {describe(tensor)}")
+
+
 def _heads(*tensors: Tensor) -> ctypes.Array[Heads]:
     return (Heads * len(tensors))(*(Heads(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors))
 
@@ -116,6 +122,7 @@ def varlen_attention(
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See reference.varlen_attention."""
+    _check_like("v", v, k)
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]))
@@ -145,6 +152,10 @@ def varlen_attention_backward(
     kv_lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.varlen_attention_backward; `lse` is used as it is."""
+    for name, tensor, like in (("v", v, k), ("grad", grad, q), ("out", out, q)):
+        _check_like(name, tensor, like)
+    if lse.shape != (q.shape[1], q.shape[0]) or lse.dtype != torch.float32:
+        raise ValueError(f"lse must be {(q.shape[1], q.shape[0])} float32, got {describe(lse)}")
     given = tuple(rows_of(x) for x in (q, k, v, out, grad))
     lse = lse.contiguous()
     grads = (

@@ -24,8 +24,9 @@ from ._cpu_products import linear, times
 from ._cpu_tokens import check_rows, rows_of
 
 SUM_ROWS = 32  # VJEPA_SUM_ROWS of csrc/capi_block.h
-# Of a chunk's hidden features, for each thread: about its share of the last cache. Smaller ones slow the products down.
-CHUNK_BYTES = 4 << 20
+# Of a chunk's hidden features: they stay in the last cache. Smaller ones slow the products down; sums over chunks must not
+# depend on the number of threads.
+CHUNK_BYTES = 8 << 20
 FEWEST_ROWS = 256  # of a chunk
 
 
@@ -65,7 +66,7 @@ def gelu_backward(grad: Tensor, hidden: Tensor, dhidden: Tensor, active: Tensor 
 
 def _chunks(rows: int, row_bytes: int) -> Iterator[slice]:
     """Chunks of about equal size, each but the last of whole groups of SUM_ROWS."""
-    most = max(FEWEST_ROWS, torch.get_num_threads() * CHUNK_BYTES // max(1, row_bytes))
+    most = max(FEWEST_ROWS, CHUNK_BYTES // max(1, row_bytes))
     number = max(1, -(-rows // most))
     size = -(-rows // (number * SUM_ROWS)) * SUM_ROWS
     return (slice(first, min(first + size, rows)) for first in range(0, rows, max(1, size)))

@@ -35,11 +35,13 @@ def check_grads(params: list[Tensor], grads: list[Tensor]) -> None:
 
 def gradients(params: list[Tensor], copies: dict[Tensor, Any]) -> tuple[list[Tensor], list[Tensor | None]]:
     """For each parameter the tensor that learns, itself or its copy, and the gradient of that, None without one."""
-    learning, grads = list(params), [param.grad for param in params]
+    learning, grads = params, [param.grad for param in params]
     for place, param in enumerate(params if copies else ()):
         copy, _ = copies.get(param, (None, None))
         if copy is None or copy.grad is None:
             continue
+        if learning is params:
+            learning = list(params)
         if grads[place] is not None:
             raise ValueError(f"params must have a gradient or their copy has, got both for {describe(param)}")
         learning[place], grads[place] = copy, copy.grad

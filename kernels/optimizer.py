@@ -84,7 +84,8 @@ class AdamWEMA(torch.optim.Optimizer):
         param_copies, shadow_copies: lists in the order of the parameters (None where there is no shadow); empty without
             `copies`. Call `refresh_copies()` after writing to parameters or shadows by other means than `step()`. A network
             may compute with the copies themselves: let them require gradients, and `step` takes the gradient of a
-            parameter that has none from its copy, in the copy's dtype.
+            parameter that has none from its copy, in the copy's dtype (not under torch.amp.GradScaler, which looks at the
+            gradients of parameters alone).
 
     A parameter without a gradient keeps its value, its shadow still follows. Everything is checked before anything is
     written. Groups added later have no shadows. Parameters may lie on several devices. DTensors are updated shard by
@@ -195,6 +196,8 @@ class AdamWEMA(torch.optim.Optimizer):
                 loss = closure()
         params = [param for group in self.param_groups for param in group["params"]]
         learning, grads = gradients(params, self._copies_of)
+        if learning is not params and getattr(self, "grad_scale", None) is not None:
+            raise ValueError("params must have gradients of their own under torch.amp.GradScaler, got some of copies")
         numbers = numbers_of(self, grad_factor, found_inf)
         there = [grad for grad in grads if grad is not None]
         check_grads([tensor for tensor, grad in zip(learning, grads, strict=True) if grad is not None], there)

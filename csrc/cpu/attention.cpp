@@ -147,7 +147,7 @@ int32_t run_pieces(const AttentionCall &call, const AttentionCode &code, bool di
   const size_t bytes = (code.scratch_bytes(call.about.head_dim, keys) + 63) / 64 * 64;
   const std::unique_ptr<char[], Release> scratch(new (kAligned) char[bytes * static_cast<size_t>(members)]);
   std::atomic<size_t> next{0};
-  parallel_for(members, 1, static_cast<int32_t>(std::max<int64_t>(1, members)), [&](int64_t member, int64_t last) {
+  parallel_for(members, 1, threads, [&](int64_t member, int64_t last) {
     for (size_t piece; member < last && (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces.size();) {
       code.run(call, pieces[piece], scratch.get() + bytes * static_cast<size_t>(member));
     }

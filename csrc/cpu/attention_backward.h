@@ -72,7 +72,7 @@ VJEPA_AVX void weights_of(const BackwardScratch<M> &scratch, int64_t first_key, 
         const __m512 score = _mm512_loadu_ps(scratch.scores + r * kPanel + column);
         const __m512 product = _mm512_loadu_ps(scratch.products + r * kPanel + column);
         const __m512 minus = _mm512_loadu_ps(scratch.lse + first_query + column);
-        p[half] = M::exp(_mm512_sub_ps(_mm512_mul_ps(score, times), minus));
+        p[half] = M::exp(_mm512_min_ps(_mm512_setzero_ps(), _mm512_sub_ps(_mm512_mul_ps(score, times), minus)));
         ds[half] =
             _mm512_mul_ps(p[half], _mm512_sub_ps(product, _mm512_loadu_ps(scratch.delta + first_query + column)));
         if (r >= keys) p[half] = ds[half] = _mm512_setzero_ps();

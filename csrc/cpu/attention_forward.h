@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "attention_pack.h"
 
@@ -14,9 +15,10 @@ namespace vjepa {
 namespace {
 
 constexpr int64_t kQueries = kAttentionQueries;
-constexpr int64_t kGroup = 24;     // queries whose scores are there at the same time
-constexpr int64_t kKeys = 512;     // keys of a block: 24 rows of scores are 48 KiB
-constexpr float kLowest = -1e30f;  // below every score, and finite, so that differences are numbers
+constexpr int64_t kGroup = 24;  // queries whose scores are there at the same time
+constexpr int64_t kKeys = 512;  // keys of a block: 24 rows of scores are 48 KiB
+// Below every score, and finite, so that differences are numbers.
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 template <class M>
 struct ForwardScratch {
@@ -39,7 +41,15 @@ struct ForwardScratch {
   }
 };
 
-// Turns `count` scores into exp(scale score - top), as units for the next product. `first`: nothing was summed before.
+// exp(factor (score - highest)): the difference first, which is exact near 0, so that the highest weight is 1 however
+// large scores are.
+template <class M>
+VJEPA_AVX_INLINE __m512 weight(__m512 score, __m512 highest, __m512 factor) {
+  return M::exp(_mm512_mul_ps(_mm512_sub_ps(score, highest), factor));
+}
+
+// Turns `count` scores into exp(scale (score - top)), as units for the next product. `first`: nothing was summed
+// before.
 template <class M>
 VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor, float *top, float *total,
                             float *rescale) {
@@ -47,13 +57,13 @@ VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor,
   int64_t j = 0;
   for (; j + kLine <= count; j += kLine) high = _mm512_max_ps(high, _mm512_loadu_ps(row + j));
   if (j < count) high = _mm512_mask_max_ps(high, mask_of(count - j), high, _mm512_loadu_ps(row + j));
-  const float highest = std::max(*top, _mm512_reduce_max_ps(high) * factor);
+  const float highest = std::max(*top, _mm512_reduce_max_ps(high));
   const __m512 times = _mm512_set1_ps(factor), minus = _mm512_set1_ps(highest);
   __m512 sum = _mm512_setzero_ps(), sum2 = _mm512_setzero_ps();
   int64_t chunk = 0;
   for (; 32 * (chunk + 1) <= count; ++chunk) {
-    const __m512 a = M::exp(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk), times, minus));
-    const __m512 b = M::exp(_mm512_fmsub_ps(_mm512_loadu_ps(row + 32 * chunk + 16), times, minus));
+    const __m512 a = weight<M>(_mm512_loadu_ps(row + 32 * chunk), minus, times);
+    const __m512 b = weight<M>(_mm512_loadu_ps(row + 32 * chunk + 16), minus, times);
     sum = _mm512_add_ps(sum, a);
     sum2 = _mm512_add_ps(sum2, b);
     M::store(row, chunk, a, b);
@@ -61,13 +71,13 @@ VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor,
   if (const int64_t rest = count - 32 * chunk) {
     const __m512 x = _mm512_maskz_loadu_ps(mask_of(rest), row + 32 * chunk);
     const __m512 y = _mm512_maskz_loadu_ps(mask_of(rest - 16), row + 32 * chunk + 16);
-    const __m512 a = _mm512_maskz_mov_ps(mask_of(rest), M::exp(_mm512_fmsub_ps(x, times, minus)));
-    const __m512 b = _mm512_maskz_mov_ps(mask_of(rest - 16), M::exp(_mm512_fmsub_ps(y, times, minus)));
+    const __m512 a = _mm512_maskz_mov_ps(mask_of(rest), weight<M>(x, minus, times));
+    const __m512 b = _mm512_maskz_mov_ps(mask_of(rest - 16), weight<M>(y, minus, times));
     sum = _mm512_add_ps(sum, a);
     sum2 = _mm512_add_ps(sum2, b);
     M::store(row, chunk, a, b);
   }
-  *rescale = first ? 0.0f : _mm512_cvtss_f32(M::exp(_mm512_set1_ps(*top - highest)));
+  *rescale = first ? 0.0f : _mm512_cvtss_f32(weight<M>(_mm512_set1_ps(*top), minus, times));
   *total = (first ? 0.0f : *total * *rescale) + _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
   *top = highest;
 }
@@ -124,7 +134,8 @@ VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &pi
       const int64_t token = begin + r;
       write_rows(scratch.sums + r * columns, columns, 1, width, 1.0f / scratch.total[r], out + token * heads * width,
                  heads * width);
-      lse[token] = static_cast<float>(scratch.top[r] / M::kExponent + std::log(static_cast<double>(scratch.total[r])));
+      lse[token] =
+          static_cast<float>(scratch.top[r] * call.about.scale + std::log(static_cast<double>(scratch.total[r])));
     }
   }
 }

@@ -1,6 +1,8 @@
 // Residual addition and layer norm on a CPU, and its gradient: each row is read from memory once.
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
+#include <new>
 #include <type_traits>
 
 #include "../include/vjepa/dtype.h"
@@ -182,7 +184,7 @@ using namespace vjepa;
 
 extern "C" int32_t vjepa_layer_norm_cpu(const vjepa_matrix *residual, const vjepa_matrix *branch, const float *weight,
                                         const float *bias, int64_t rows, int64_t features, double eps, void *added,
-                                        void *normed, int32_t normed_dtype, float *statistics, int32_t threads) {
+                                        void *normed, int32_t normed_dtype, float *statistics, int32_t threads) try {
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (!is_float_dtype(normed_dtype)) return VJEPA_ERROR_DTYPE;
   if (!is_size(rows, features) || features < 1) return VJEPA_ERROR_NEGATIVE_SIZE;
@@ -200,8 +202,11 @@ extern "C" int32_t vjepa_layer_norm_cpu(const vjepa_matrix *residual, const vjep
   Floats ones(weight ? 0 : features), zeros(bias ? 0 : features);
   if (!weight) weight = std::fill_n(ones.data(), features, 1.0f) - features;
   if (!bias) bias = zeros.data();
+  std::atomic<bool> failed{false};
   parallel_for(rows, 1 + kMinimumPerThread / features, threads, [&](int64_t first, int64_t last) {
-    Floats wide(in_place ? 0 : features);
+    Floats wide(0);
+    if (!wide.try_resize(in_place ? 0 : features)) failed = true;
+    if (failed) return;
     for (int64_t row = first; row < last; ++row) {
       if (row + kAhead < last) {
         for (const Rows *read : {&from, &other}) prefetch<false>(*read, row + kAhead, features);
@@ -224,14 +229,16 @@ extern "C" int32_t vjepa_layer_norm_cpu(const vjepa_matrix *residual, const vjep
       statistics[2 * row + 1] = m.rstd;
     }
   });
-  return VJEPA_OK;
+  return failed ? VJEPA_ERROR_MEMORY : VJEPA_OK;
+} catch (const std::bad_alloc &) {
+  return VJEPA_ERROR_MEMORY;
 }
 
 extern "C" int32_t vjepa_layer_norm_backward_cpu(const vjepa_matrix *grad_sum, const vjepa_matrix *grad_normed,
                                                  const vjepa_matrix *added, const float *statistics,
                                                  const float *weight, int64_t rows, int64_t features, void *dresidual,
                                                  void *dbranch, int32_t branch_dtype, float *dweight, float *dbias,
-                                                 int32_t threads) {
+                                                 int32_t threads) try {
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (!is_float_dtype(branch_dtype)) return VJEPA_ERROR_DTYPE;
   if (!is_size(rows, features) || features < 1) return VJEPA_ERROR_NEGATIVE_SIZE;
@@ -250,8 +257,11 @@ extern "C" int32_t vjepa_layer_norm_backward_cpu(const vjepa_matrix *grad_sum, c
   Floats ones(weight ? 0 : features), of_weight(room), of_bias(room);
   if (!weight) weight = std::fill_n(ones.data(), features, 1.0f) - features;
   float *dweights = of_weight.data(), *dbiases = of_bias.data();
+  std::atomic<bool> failed{false};
   parallel_for(blocks, 1 + kMinimumPerThread / (VJEPA_SUM_ROWS * features), threads, [&](int64_t first, int64_t last) {
-    Floats wide(features);
+    Floats wide(0);
+    if (!wide.try_resize(features)) failed = true;
+    if (failed) return;
     for (int64_t row = first * VJEPA_SUM_ROWS; row < std::min(last * VJEPA_SUM_ROWS, rows); ++row) {
       const int64_t block = row / VJEPA_SUM_ROWS * features;
       if (row + kAhead < rows) {
@@ -275,5 +285,7 @@ extern "C" int32_t vjepa_layer_norm_backward_cpu(const vjepa_matrix *grad_sum, c
     fold_rows(dbiases, blocks, features, threads);
     std::copy_n(dbiases, features, dbias);
   }
-  return VJEPA_OK;
+  return failed ? VJEPA_ERROR_MEMORY : VJEPA_OK;
+} catch (const std::bad_alloc &) {
+  return VJEPA_ERROR_MEMORY;
 }

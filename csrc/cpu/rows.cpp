@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "../include/vjepa/dtype.h"
 #include "../include/vjepa/macros.h"
@@ -63,7 +64,7 @@ void fold_rows(float *matrix, int64_t rows, int64_t features, int32_t threads) {
 using namespace vjepa;
 
 extern "C" int32_t vjepa_column_sums_cpu(const void *matrix, int64_t stride, int64_t rows, int64_t features,
-                                         int32_t dtype, float *sums, int32_t threads) {
+                                         int32_t dtype, float *sums, int32_t threads) try {
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (!is_float_dtype(dtype)) return VJEPA_ERROR_DTYPE;
   if (!is_size(rows, features)) return VJEPA_ERROR_NEGATIVE_SIZE;
@@ -81,4 +82,6 @@ extern "C" int32_t vjepa_column_sums_cpu(const void *matrix, int64_t stride, int
   fold_rows(partial.data(), blocks, features, threads);
   std::memcpy(sums, partial.data(), static_cast<size_t>(features) * sizeof(float));
   return VJEPA_OK;
+} catch (const std::bad_alloc &) {
+  return VJEPA_ERROR_MEMORY;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "../capi_block.h"
@@ -36,6 +37,15 @@ inline int64_t sum_blocks(int64_t rows) { return (rows + VJEPA_SUM_ROWS - 1) / V
 class Floats {
  public:
   explicit Floats(int64_t count) : room_(static_cast<size_t>(count) + kLine - 1) {}
+  // False where there is no memory.
+  bool try_resize(int64_t count) {
+    try {
+      room_.resize(static_cast<size_t>(count) + kLine - 1);
+      return true;
+    } catch (const std::bad_alloc &) {
+      return false;
+    }
+  }
   float *data() {
     const uintptr_t first = reinterpret_cast<uintptr_t>(room_.data()) / sizeof(float);
     return room_.data() + (kLine - first % kLine) % kLine;

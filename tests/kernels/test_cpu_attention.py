@@ -101,3 +101,40 @@ def test_unlike_the_others_it_waits_for_a_measurement(monkeypatch):
     """On processors that nobody measured PyTorch's own kernel serves."""
     monkeypatch.setattr(_cpu_attention, "why_not", lambda device: None)
     assert not _dispatch._TABLE["varlen_attention"]["cpu"].unasked(CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e4, 3.3e4, 1e15])
+def test_huge_scores_are_numbers(dtype, size):
+    """Of activations that have diverged: the maximum is subtracted, and what rounding leaves above it is 0."""
+    reason = _cpu_attention.why_not(CPU)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    q, k = (((torch.rand(7, 2, 8) + 0.5) * size).to(dtype).requires_grad_() for _ in range(2))
+    v = torch.randn(7, 2, 8).to(dtype).requires_grad_()
+    results = []
+    for name in ("cpu", "reference"):
+        with backend(name):
+            out = varlen_attention(q, k, v, OFFSETS, LENGTHS)
+            grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+        assert all(bool(tensor.isfinite().all()) for tensor in (out, grads[2])), name
+        results.append(out.float())
+    assert results[0].abs().max() <= v.float().abs().max()  # means of values
+
+
+def test_the_operator_refuses_what_its_kernel_would_read_beyond():
+    reason = _cpu_attention.why_not(CPU)
+    if reason is not None:
+        pytest.skip(reason)
+    x, lengths = torch.randn(7, 2, 8), torch.tensor(LENGTHS)
+    sets = (OFFSETS, lengths, 1.0, OFFSETS, lengths)
+    with backend("cpu"):
+        out, lse = torch.ops.vjepa.varlen_attention(x, x, x, *sets)
+        with pytest.raises(ValueError, match=r"v must be .7, 2, 8. float32 on cpu, got .5, 2, 8."):
+            torch.ops.vjepa.varlen_attention(x, x, x[:5], *sets)
+        back = torch.ops.vjepa.varlen_attention_backward
+        with pytest.raises(ValueError, match=r"grad must be .* float32 .*, got .* float64"):
+            back(x.double(), x, x, x, out, lse, *sets)
+        with pytest.raises(ValueError, match=r"lse must be .2, 7. float32, got .2, 6."):
+            back(x, x, x, x, out, lse[:, :6], *sets)

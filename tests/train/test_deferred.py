@@ -91,6 +91,7 @@ def test_whoever_asks_first_is_told(model, config, batch, ask, tmp_path, monkeyp
     with pytest.raises(NonFiniteError, match="Step 0"):
         ask(trainer, numbers)
     assert trainer.steps_done == 0
+    trainer.settle()  # it is told once
     assert {n: t for n, t in state(trainer).items() if n in before}.keys() == before.keys()
     assert all(torch.equal(state(trainer)[name], tensor) for name, tensor in before.items())
     assert not list(tmp_path.iterdir())
@@ -151,3 +152,39 @@ def test_no_operator_of_a_step_reads_a_value_on_the_host(model, config, batch):
     with Waits() as waits:
         float(torch.ones(1).sum())
     assert waits.found  # the count counts
+
+
+def test_after_a_refusal_that_was_read_training_goes_on(model, config, batch):
+    trainer = deferred(model, config)
+    numbers = trainer.step(*poisoned(batch, 0))
+    with torch.no_grad(), pytest.raises(NonFiniteError, match="Step 0"):
+        numbers["loss"]
+    assert math.isfinite(trainer.step(*batch(1))["loss"])
+    trainer.settle()
+    assert trainer.steps_done == 1
+
+
+def test_a_checkpoint_that_is_loaded_ends_what_was_awaited(model, config, batch, tmp_path):
+    trainer = deferred(model, config)
+    trainer.step(*batch(0))
+    trainer.save(tmp_path / "saved")
+    trainer.step(*poisoned(batch, 1))
+    trainer.load(tmp_path / "saved")
+    assert math.isfinite(trainer.step(*batch(2))["loss"])
+    trainer.settle()
+    assert trainer.steps_done == 2
+
+
+def test_numbers_are_saved_as_a_plain_dict(model, config, batch, tmp_path):
+    numbers = Trainer(model, config).step(*batch(0))
+    torch.save(numbers, tmp_path / "numbers.pt")
+    assert torch.load(tmp_path / "numbers.pt") == dict(numbers)
+
+
+def test_gradients_that_others_left_are_no_part_of_a_step(model, config, batch):
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = Trainer(model, config).step(*batch(0))
+    model.load_state_dict(start)
+    trainer = Trainer(model, config)
+    model(*batch(3)).backward()
+    assert trainer.step(*batch(0)) == expected

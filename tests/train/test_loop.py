@@ -332,3 +332,14 @@ def test_full_disk_ends_the_run_and_keeps_the_checkpoint_before(run_config, monk
     pretrain(whole)
     pretrain(run_config(run={"resume": True}))
     assert_same_run(Path(config.run.dir), Path(whole.run.dir))
+
+
+def test_a_run_from_before_a_setting_existed_is_resumed(run_config, monkeypatch):
+    """What config.json lacks had its default."""
+    config = run_config(train={"steps": 2})
+    pretrain(config)
+    path = Path(config.run.dir) / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["train"]["target_graph"], saved["data"]["decoder"]
+    path.write_text(json.dumps(saved))
+    assert pretrain(run_config(train={"steps": 3}, run={"resume": True})).steps_done == 3

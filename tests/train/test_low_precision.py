@@ -125,3 +125,16 @@ def test_target_graph_without_a_gpu_is_refused(model):
         ValueError, match=r"train.target_graph needs a CUDA device, precision bf16 and a single process"
     ):
         Trainer(model, TrainConfig(**CONFIG, target_graph=True))
+
+
+def test_what_is_frozen_later_stays_and_checkpointing_reaches_the_twin(model, batch):
+    trainer = Trainer(model, TrainConfig(**CONFIG))
+    trainer.step(*batch(0))
+    model.encoder.requires_grad_(False)
+    model.set_activation_checkpointing(True)
+    before = {name: p.detach().clone() for name, p in model.encoder.named_parameters()}
+    predictor = model.predictor.predictor_proj.weight.detach().clone()
+    trainer.step(*batch(1))
+    assert trainer.network.predictor.activation_checkpointing
+    assert all(torch.equal(p, before[name]) for name, p in model.encoder.named_parameters())
+    assert not torch.equal(model.predictor.predictor_proj.weight, predictor)

@@ -145,7 +145,8 @@ def read_frames(video: VideoFile, times: Sequence[float], writer: TensorWriter) 
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise ClipError(video.path, f"torchcodec: {_first_line(error)}", whole_file=True) from error
+        lasting = writer.device == "cpu"  # a GPU may only be short of something for a while
+        raise ClipError(video.path, f"torchcodec: {_first_line(error)}", whole_file=lasting) from error
     video.lap("open")
     try:
         return _read(source, video, times, writer)

@@ -284,6 +284,9 @@ class _Run:
 
     def _log(self, numbers: StepNumbers) -> dict[str, Any]:
         """Writes a line of metrics; times are sums over the steps since the line before."""
+        began = time.perf_counter()
+        numbers.settle()
+        self.window_compute += time.perf_counter() - began  # on a GPU the step ends here
         seconds = time.perf_counter() - self.window_began
         line = {
             "step": self.trainer.steps_done,

@@ -27,7 +27,7 @@ class LowPrecision:
     """
 
     def __init__(self, model: VJEPA, optimizer: AdamWEMA) -> None:
-        self._optimizer = optimizer
+        self._model, self._optimizer = model, optimizer
         params = [param for group in optimizer.param_groups for param in group["params"]]
         copies: dict[Tensor, Tensor] = dict(zip(params, optimizer.param_copies, strict=True))
         shadow_copies = dict(zip(params, optimizer.shadow_copies, strict=True))
@@ -44,7 +44,7 @@ class LowPrecision:
         memo: dict[int, object] = {id(tensor): lowered.get(tensor, tensor) for tensor in tensors}
         self.twin: VJEPA = copy.deepcopy(model, memo)
         self.of: dict[Tensor, Tensor] = {param: lowered.get(param, param) for param in params}
-        self._versions: list[int] = []
+        self._versions: list[tuple[int, int]] = []
         self.written()
 
     def written(self) -> None:
@@ -52,7 +52,16 @@ class LowPrecision:
         self._versions = self._now()
 
     def refresh(self) -> None:
-        """Before a step: write the copies again if somebody else has written to weights or averages."""
+        """Before a step: write the copies again if somebody else has written to weights or averages, freeze what is frozen.
+
+        A write through `.data` in place leaves no trace; `AdamWEMA.refresh_copies` is for those who do that.
+        """
+        for param, low in self.of.items():
+            if low is not param and low.requires_grad != param.requires_grad:
+                low.requires_grad_(param.requires_grad)
+        for part in ("encoder", "predictor"):
+            own, other = getattr(self._model, part), getattr(self.twin, part)
+            other.activation_checkpointing = own.activation_checkpointing
         if self._now() != self._versions:
             self._optimizer.refresh_copies()
             self.written()
@@ -64,11 +73,12 @@ class LowPrecision:
                 param.grad = low.grad.float() if param.grad is None else param.grad.add_(low.grad)
                 low.grad = None
 
-    def _now(self) -> list[int]:
-        return [tensor._version for tensor in self._originals]
+    def _now(self) -> list[tuple[int, int]]:
+        return [(tensor._version, tensor.data_ptr()) for tensor in self._originals]
 
 
 def _of_products(model: nn.Module) -> list[Tensor]:
-    """Weights and biases of matrix products, which autocast would cast."""
+    """Weights and biases of matrix products, which autocast would cast: it leaves float64 alone."""
     products = [part for part in model.modules() if isinstance(part, nn.Linear | TubeletProjection)]
-    return [param for part in products for param in part.parameters(recurse=False)]
+    params = [param for part in products for param in part.parameters(recurse=False)]
+    return [param for param in params if param.dtype == torch.float32]

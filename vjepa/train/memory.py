@@ -13,9 +13,8 @@ import platform
 # mallopt's parameters, of <malloc.h>
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 NEVER = -1  # as a trim threshold
-LARGEST = (
-    1 << 30
-)  # bytes of a block that comes from the heap; more than any tensor of a step that fits a CPU's patience
+LARGEST = 1 << 30  # bytes of a block that comes from the heap: more than any tensor of a step that suits a CPU
+OLDEST = 1 << 25  # what a glibc takes that refuses more
 AHEAD = 1 << 26  # bytes by which the heap grows at least
 
 
@@ -28,6 +27,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    settings = ((MMAP_THRESHOLD, LARGEST), (TRIM_THRESHOLD, NEVER), (TOP_PAD, AHEAD))
-    taken = [libc.mallopt(name, value) for name, value in settings]
-    return all(taken)
+    # first: the others alone would leave it at 128 KiB for good
+    if not (libc.mallopt(MMAP_THRESHOLD, LARGEST) or libc.mallopt(MMAP_THRESHOLD, OLDEST)):
+        return False
+    return bool(libc.mallopt(TRIM_THRESHOLD, NEVER)) and bool(libc.mallopt(TOP_PAD, AHEAD))

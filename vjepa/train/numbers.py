@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,10 +27,10 @@ class StepNumbers(dict[str, float]):
         values = torch.stack([value.detach().float() for value in device.values()])
         self._arrived: torch.cuda.Event | None = None
         if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(values.device))
         else:
             self._values = values
         self._refused: Exception | None = None
@@ -80,6 +81,9 @@ class StepNumbers(dict[str, float]):
         return super().__eq__(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (list(self.items()),)  # which torch.load takes
 
     def __repr__(self) -> str:
         self.settle()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from vjepa.checkpoint import list_checkpoints, remove_unfinished
 from vjepa.train.config import PretrainConfig
-from vjepa.train.plain import flatten
+from vjepa.train.plain import flatten, to_plain
 from vjepa.train.records import RunError
 
 CONFIG_FILE, METRICS_FILE, BAD_FILES_FILE = "config.json", "metrics.jsonl", "bad_files.jsonl"
@@ -19,6 +20,7 @@ MAY_CHANGE = (
     "train.device",
     "train.accumulation_steps",
     "train.activation_checkpointing",
+    "train.target_graph",
     "data.num_workers",
     "data.prefetch",
     "data.start_method",
@@ -97,12 +99,24 @@ def _replace(path: Path, text: str) -> None:
 
 def _check_same_run(saved: dict[str, Any], given: dict[str, Any], directory: Path) -> None:
     before, now = flatten(_with_absolute_paths(saved)), flatten(given)
+    for key, value in _defaults().items():
+        before.setdefault(key, value)  # a setting that is younger than the run
     differing = [
         key for key in sorted(before.keys() | now.keys()) if not _may_change(key) and before.get(key) != now.get(key)
     ]
     if differing:
         changes = "; ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in differing)
         raise RunError(f"Cannot resume {directory} with another configuration: {changes}.")
+
+
+def _defaults() -> dict[str, Any]:
+    """Dotted keys of all settings that have a plain default."""
+    found: dict[str, Any] = {}
+    for section, kind in get_type_hints(PretrainConfig).items():
+        for setting in dataclasses.fields(kind):
+            if setting.default is not dataclasses.MISSING:
+                found[f"{section}.{setting.name}"] = to_plain(setting.default)
+    return found
 
 
 def _may_change(key: str) -> bool:

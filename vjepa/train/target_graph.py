@@ -38,6 +38,7 @@ class TargetGraph(nn.Module):
                 self.encoder(taken)
         torch.cuda.current_stream(clips.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads, such as the one that pins batches, may allocate meanwhile
+        with torch.cuda.device(clips.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             given = self.encoder(taken)
         return graph, taken, given

@@ -55,6 +55,9 @@ class Trainer:
     Attributes:
         steps_done: Optimizer steps applied so far, which is also the number k of the next step.
 
+    In bf16 one process computes with `network`, a twin of the model: hooks on matrices belong there. A batch whose memory is
+    used again must stay what it is until the numbers of its step were read.
+
     Inside an initialised torch.distributed process group, gradients are averaged over the processes. On a CPU under glibc
     the process keeps from then on the memory that it frees (see `vjepa.train.memory`).
 
@@ -66,7 +69,7 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.model = model.to(self.device)
-        self.steps_done = 0
+        self._begin_at(0)
         self._schedules = config.schedules()
         model.set_activation_checkpointing(config.activation_checkpointing)
         groups, shadows = parameter_groups(model)
@@ -86,8 +89,6 @@ class Trainer:
         }
         self._transfer = Transfer(self.device)
         self._waits = on_cpu  # for the numbers of a step before it changes the weights
-        self._halted = torch.zeros((), device=self.device)
-        self._awaited: StepNumbers | None = None
 
     @property
     def network(self) -> VJEPA:
@@ -114,6 +115,7 @@ class Trainer:
         """
         if video.shape[0] != masks.num_clips:
             raise ValueError(f"masks must be for the {video.shape[0]} clips of video, got masks for {masks.num_clips}.")
+        self.optimizer.zero_grad(set_to_none=True)  # whatever others, or a step that failed, have left
         generator_before = torch.get_rng_state()
         scheduled = self._schedules.at(self.steps_done)
         self._set_schedules(*scheduled)
@@ -130,11 +132,12 @@ class Trainer:
             numbers.settle()  # raises before the weights change
         found_inf = None if self._waits else self._halt(guarded, scheduled.momentum)
         self.optimizer.step(grad_factor=self._clip_factors(norms), found_inf=found_inf)
-        self._forget_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
         if self._low is not None:
             self._low.written()
         self.steps_done += 1
         self._settle_and_await(numbers)
+        self._transfer.wait()
         return numbers
 
     def settle(self) -> None:
@@ -145,11 +148,7 @@ class Trainer:
         """Looks at the step before, which the device has done or nearly so: the host is never further ahead."""
         before, self._awaited = self._awaited, numbers
         if before is not None:
-            try:
-                before.settle()
-            except NonFiniteError:
-                self._awaited = None  # a step that came after the refused one was left out by the device
-                raise
+            before.settle()
 
     def _halt(self, guarded: dict[str, torch.Tensor], momentum: float) -> torch.Tensor:
         """1 on the device from a step that is not finite until the host has noticed, else 0; then averages stay, too."""
@@ -169,18 +168,25 @@ class Trainer:
         """Raise NonFiniteError, everything being as before `step`, unless its numbers are finite."""
         if all(map(math.isfinite, values.values())):
             return
-        self.steps_done = step
-        self._halted = torch.zeros((), device=self.device)
-        self._forget_gradients()
-        self._accumulate_gradients(*batch, monitors=False)  # once more, to name those that are not finite
+        self._begin_at(step)  # a step that came after was left out by the device
+        at_hand = any(gradient is not None for part in self._parts for gradient in self._gradients(part))
+        if not at_hand and current_world().size == 1:  # else the others would have to compute it again, too
+            with torch.enable_grad():
+                self._accumulate_gradients(*batch, monitors=False)
         bad = [
             name
             for name, parameter in self.model.named_parameters()
             if (gradient := self._gradient(parameter)) is not None and not bool(gradient.isfinite().all())
         ]
-        self._forget_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
         torch.set_rng_state(generator_before)
         raise NonFiniteError(step, values, bad)
+
+    def _begin_at(self, step: int) -> None:
+        """Nothing was refused and nothing is awaited."""
+        self.steps_done = step
+        self._awaited: StepNumbers | None = None
+        self._halted = torch.zeros((), device=self.device, dtype=torch.float32)
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """The gradient of a parameter, or of its copy that the step computes with."""
@@ -190,9 +196,6 @@ class Trainer:
 
     def _gradients(self, part: str) -> list[torch.Tensor | None]:
         return list(map(self._gradient, self._parts[part]))
-
-    def _forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
         for group in self.optimizer.param_groups:
@@ -311,7 +314,7 @@ class Trainer:
             generators, rank = state["random"], current_world().rank
             if rank < len(generators):
                 set_random_state(generators[rank])
-            self.steps_done = int(state["step"])
+            self._begin_at(int(state["step"]))
             return state["extra"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"The state of {checkpoint} is damaged: {type(error).__name__} {error}.") from error
