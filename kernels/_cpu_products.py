@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CPUINFO = Path("/proc/cpuinfo")
+# Summands of a float32 product by oneDNN: of 1536 its largest error was 2.4 times MKL's.
+LONGEST_SUM = 512
 
 
 @functools.cache
@@ -45,6 +47,8 @@ def _onednn() -> tuple[torch.dtype, ...]:
 
 
 def _ask(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    if x.dtype == torch.float32 and x.shape[1] > LONGEST_SUM:
+        return False
     return x.dtype in dtypes and bool(torch.backends.mkldnn.enabled) and x.numel() > 0
 
 
