@@ -13,7 +13,10 @@ MEASURED: dict[str, list[tuple[str, int, int, bool, tuple[str, ...]]]] = {
         ("bfloat16", 64, 1568, True, ("cpu", "sdpa", "reference")),
         ("bfloat16", 80, 375, False, ("cpu", "sdpa", "reference")),
         ("bfloat16", 80, 1568, True, ("cpu", "sdpa", "reference")),
-        ("float32", 24, 1568, True, ("cpu", "sdpa", "reference")),
+        ("float32", 24, 1568, True, ("sdpa", "reference")),
         ("float32", 32, 1568, True, ("cpu", "sdpa", "reference")),
+        ("float32", 64, 112, True, ("cpu", "sdpa", "reference")),
+        ("float32", 64, 375, False, ("cpu", "sdpa", "reference")),
+        ("float32", 80, 375, False, ("cpu", "sdpa", "reference")),
     ],
 }
