@@ -47,8 +47,10 @@ class Attention(nn.Module):
         width, weight, bias = x.shape[1], self.qkv.weight, self.qkv.bias
         q = linear(x.index_select(0, wanted.rows), weight[:width], bias[:width]).unflatten(1, (self.num_heads, -1))
         k, v = linear(x, weight[width:], bias[width:]).view(x.shape[0], 2, self.num_heads, -1).unbind(1)
-        keys = {"kv_cu_seqlens": cu_seqlens, "kv_lengths": lengths}
-        return self.proj(varlen_attention(q, k, v, wanted.cu_seqlens, wanted.lengths, **keys).flatten(1))
+        found = varlen_attention(
+            q, k, v, wanted.cu_seqlens, wanted.lengths, kv_cu_seqlens=cu_seqlens, kv_lengths=lengths
+        )
+        return self.proj(found.flatten(1))
 
 
 class MLP(nn.Module):

@@ -37,9 +37,9 @@ class LowPrecision:
             assert shadow_copy is not None
             copies[averages[name]] = shadow_copy
         self._originals = [*model.parameters()]
-        lowered = {param: copies[param] for param in _of_products(model)}
-        for param, low in lowered.items():
-            low.requires_grad_(param.requires_grad)
+        lowered: dict[Tensor, Tensor] = {param: copies[param] for param in _of_products(model)}
+        for original, low in lowered.items():
+            low.requires_grad_(original.requires_grad)
         tensors = [*model.parameters(), *model.buffers()]
         memo: dict[int, object] = {id(tensor): lowered.get(tensor, tensor) for tensor in tensors}
         self.twin: VJEPA = copy.deepcopy(model, memo)

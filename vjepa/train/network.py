@@ -35,7 +35,8 @@ def forward_of(network: VJEPA, config: TrainConfig, device: torch.device) -> nn.
     if config.target_graph:
         if device.type != "cuda" or not alone or config.precision != "bf16":
             raise ValueError("train.target_graph needs a CUDA device, precision bf16 and a single process.")
-        network.target_encoder = TargetGraph(network.target_encoder)  # the twin's: the user's model stays what it is
+        # the twin's: the user's model stays what it is
+        network.target_encoder = TargetGraph(network.target_encoder)  # type: ignore[assignment]
     outputs = Outputs(network)
     if alone:
         return outputs

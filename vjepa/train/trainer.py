@@ -69,6 +69,8 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.model = model.to(self.device)
+        self._awaited: StepNumbers | None = None
+        self._halted = torch.zeros((), device=self.device, dtype=torch.float32)
         self._begin_at(0)
         self._schedules = config.schedules()
         model.set_activation_checkpointing(config.activation_checkpointing)
@@ -184,8 +186,7 @@ class Trainer:
 
     def _begin_at(self, step: int) -> None:
         """Nothing was refused and nothing is awaited."""
-        self.steps_done = step
-        self._awaited: StepNumbers | None = None
+        self.steps_done, self._awaited = step, None
         self._halted = torch.zeros((), device=self.device, dtype=torch.float32)
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
