@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,8 +54,9 @@ def test_the_options_are_those_that_pytest_knows(commands, tmp_path, monkeypatch
     assert main(["bench", "gradient_norm", "--out", str(tmp_path)]) == 0
     ((command, folder),) = commands.found
     monkeypatch.undo()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = cli_bench.subprocess.run(
-        [*command, "--collect-only"], cwd=folder, capture_output=True, text=True, timeout=120
+        [*command, "--collect-only"], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bench_gradient_norm.py::bench_gradient_norm" in done.stdout
