@@ -15,7 +15,7 @@
 #define VJEPA_API __attribute__((visibility("default")))
 #endif
 
-#define VJEPA_ABI_VERSION 4
+#define VJEPA_ABI_VERSION 5
 #define VJEPA_MAXIMUM_GROUPS 32 /* of a CUDA launch: 2 KiB of the 4 KiB of a kernel's arguments */
 
 #ifdef __cplusplus

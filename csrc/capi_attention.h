@@ -11,6 +11,8 @@
 #define VJEPA_ATTENTION_HEAD_DIM 256 /* the widest head */
 #define VJEPA_AVX512 1               /* AVX-512 F, BW, DQ and VL: products in float32 */
 #define VJEPA_AVX512_BF16 2          /* and products of bfloat16, summed in float32 */
+#define VJEPA_AMX_BF16 4             /* those by tiles */
+#define VJEPA_AMX_IN_SOFTWARE 8      /* the same numbers, slowly, for tests: not told of, there with VJEPA_AVX512_BF16 */
 
 #ifdef __cplusplus
 extern "C" {
@@ -36,7 +38,7 @@ typedef struct vjepa_heads {
   int64_t head_stride;
 } vjepa_heads;
 
-/* VJEPA_AVX512 and VJEPA_AVX512_BF16, if this processor has them and this library was built for them; 0: none. */
+/* Those of VJEPA_AVX512 and the following that this processor has and this library was built for; 0: none. */
 VJEPA_API int32_t vjepa_attention_instructions(void);
 
 /* out [tokens, heads, head_dim] = softmax(scale q k^T) v inside each sequence, in the dtype of the tensors, and its

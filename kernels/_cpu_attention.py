@@ -1,4 +1,4 @@
-"""The cpu backend of varlen_attention: the native library's kernels for AVX-512, float32 and bfloat16.
+"""The cpu backend of varlen_attention: the native library's kernels for AVX-512 and AMX, float32 and bfloat16.
 
 Scores, softmax and sums are in float32. Of bfloat16 tensors the operands of the products are bfloat16, as in PyTorch's
 kernels: so are the probabilities, and in the backward pass the gradients of the scores, when they are multiplied; where a
@@ -20,7 +20,8 @@ from ._checks import describe
 from ._cpu_tokens import rows_of
 from ._cpu_tokens import why_not as _why_no_library
 
-AVX512, AVX512_BF16 = 1, 2  # VJEPA_AVX512 and VJEPA_AVX512_BF16 of csrc/capi_attention.h
+# VJEPA_AVX512 and those after it of csrc/capi_attention.h
+AVX512, AVX512_BF16, AMX_BF16, AMX_IN_SOFTWARE = 1, 2, 4, 8
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -65,7 +66,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def instructions() -> int:
-    """AVX512 and AVX512_BF16, of those that the processor has."""
+    """AVX512, AVX512_BF16 and AMX_BF16, of those that the processor has and the system allows."""
     return _library().vjepa_attention_instructions()
 
 
@@ -88,8 +89,8 @@ def unfit(q: Tensor, scale: float, *lengths: Tensor) -> str | None:
     """Why the library cannot take these arguments, or None."""
     if q.dtype not in CODES:
         return f"its kernels compute in float32 and bfloat16, got {describe(q)}"
-    if q.dtype == torch.bfloat16 and has_amx():
-        return "this processor has AMX, by which PyTorch's kernel multiplies bfloat16 faster"
+    if q.dtype == torch.bfloat16 and has_amx() and not instructions() & AMX_BF16:
+        return "PyTorch's kernel multiplies bfloat16 by AMX, which the native library was built without"
     return None if scale > 0 and isfinite(scale) else f"its kernels need a positive, finite scale, got {scale}"
 
 

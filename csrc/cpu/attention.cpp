@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "amx.h"
 #include "parallel.h"
 
 #if defined(VJEPA_HAS_AVX512)
@@ -30,7 +31,9 @@ int32_t detect() {
   }
 #if defined(VJEPA_HAS_AVX512_BF16)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) return VJEPA_AVX512 | VJEPA_AVX512_BF16;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) {
+    return VJEPA_AVX512 | VJEPA_AVX512_BF16 | (amx_allowed() ? VJEPA_AMX_BF16 : 0);
+  }
 #endif
   return VJEPA_AVX512;
 #else
@@ -46,7 +49,8 @@ int32_t instructions() {
 int32_t check_sizes(const vjepa_attention &about, int32_t threads) {
   if (threads < 1) return VJEPA_ERROR_THREADS;
   if (about.dtype != VJEPA_FLOAT32 && about.dtype != VJEPA_BFLOAT16) return VJEPA_ERROR_DTYPE;
-  if (about.instructions & ~instructions()) return VJEPA_ERROR_INSTRUCTIONS;
+  const int32_t software = instructions() & VJEPA_AVX512_BF16 ? VJEPA_AMX_IN_SOFTWARE : 0;
+  if (about.instructions & ~(instructions() | software)) return VJEPA_ERROR_INSTRUCTIONS;
   if (!(about.instructions & VJEPA_AVX512)) return VJEPA_ERROR_INSTRUCTIONS;
   if (!(about.scale > 0) || !std::isfinite(about.scale)) return VJEPA_ERROR_SCALE;
   if (about.sequences < 0 || about.tokens < 0 || about.kv_tokens < 0 || about.heads < 0) {
@@ -100,6 +104,10 @@ const AttentionCodes *codes_of(const vjepa_attention &about) {
 #if defined(VJEPA_HAS_AVX512)
   if (about.dtype == VJEPA_FLOAT32) return &kAttentionFloat32;
 #if defined(VJEPA_HAS_AVX512_BF16)
+#if defined(VJEPA_HAS_AMX)
+  if (about.instructions & VJEPA_AMX_BF16) return &kAttentionTiles;
+#endif
+  if (about.instructions & VJEPA_AMX_IN_SOFTWARE) return &kAttentionTilesInSoftware;
   if (about.instructions & VJEPA_AVX512_BF16) return &kAttentionBfloat16;
 #endif
   return &kAttentionWidened;

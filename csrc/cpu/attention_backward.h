@@ -15,54 +15,52 @@
 namespace vjepa {
 namespace {
 
-constexpr int64_t kBackQueries = 192;  // of a block: a multiple of what products are wide
-constexpr int64_t kBackKeys = 96;      // of a block: a multiple of kRows
-constexpr float kNoQuery = 1e30f;      // log-sum-exp of a column without a query: its weights are 0
+constexpr float kNoQuery = 1e30f;  // log-sum-exp of a column without a query: its weights are 0
 
 template <class M>
 struct BackwardScratch {
-  static constexpr int64_t kStride = kBackQueries / M::kElements;  // units of a row of weights
+  static constexpr int64_t kStride = M::kBackQueries / M::kElements + kLine;  // of rows of weights, see kStride
   float *keys, *values, *key_features;                             // [keys][units] twice, [features][key_stride]
   float *grad_k, *grad_v;                                          // [keys][columns]
   float *query_panels, *grad_panels;                               // panels [units][64] of a block of queries
   float *query_across, *grad_across;                               // [query units][columns]
   float *weights, *grad_scores, *across_keys;  // [kBackKeys][kStride] twice, [key units][kBackQueries]
   float *grad_q;                               // [features][kBackQueries]
-  float *scores, *products, *lse, *delta;      // [kRows][kPanel] twice, [kBackQueries] twice
+  float *scores, *products, *lse, *delta;      // [kGroup][kPanel] twice, [kBackQueries] twice
   int64_t key_stride;
   size_t bytes;
   BackwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
-    const int64_t units = (head_dim + M::kElements - 1) / M::kElements, columns = up_to(head_dim, kLine);
+    const int64_t units = units_of<M>(head_dim), columns = up_to(head_dim, kLine);
     key_stride = up_to((num_keys + M::kElements - 1) / M::kElements, kLine);
     Carver carver(block);
-    const int64_t rows = up_to(num_keys, kRows);
+    const int64_t rows = up_to(num_keys, M::kGroup), pairs = M::kBackQueries / M::kElements;
     keys = carver.take(rows * units);
     values = carver.take(rows * units);
     key_features = carver.take(columns * key_stride);
     grad_k = carver.take(rows * columns);
     grad_v = carver.take(rows * columns);
-    query_panels = carver.take(kBackQueries * units);
-    grad_panels = carver.take(kBackQueries * units);
-    query_across = carver.take(kStride * columns);
-    grad_across = carver.take(kStride * columns);
-    weights = carver.take(kBackKeys * kStride);
-    grad_scores = carver.take(kBackKeys * kStride);
-    across_keys = M::kElements == 1 ? grad_scores : carver.take(kBackKeys / M::kElements * kBackQueries);
-    grad_q = carver.take(columns * kBackQueries);
-    scores = carver.take(kRows * kPanel);
-    products = carver.take(kRows * kPanel);
-    lse = carver.take(kBackQueries);
-    delta = carver.take(kBackQueries);
+    query_panels = carver.take(M::kBackQueries * units);
+    grad_panels = carver.take(M::kBackQueries * units);
+    query_across = carver.take(pairs * columns);
+    grad_across = carver.take(pairs * columns);
+    weights = carver.take(M::kBackKeys * kStride);
+    grad_scores = carver.take(M::kBackKeys * kStride);
+    across_keys = M::kElements == 1 ? grad_scores : carver.take(M::kBackKeys / M::kElements * M::kBackQueries);
+    grad_q = carver.take(columns * M::kBackQueries);
+    scores = carver.take(M::kGroup * kPanel);
+    products = carver.take(M::kGroup * kPanel);
+    lse = carver.take(M::kBackQueries);
+    delta = carver.take(M::kBackQueries);
     bytes = carver.used();
   }
 };
 
-// P^T and dS^T of kRows keys and up to a panel of queries, of which `keys` are there.
+// P^T and dS^T of kGroup keys and up to a panel of queries, of which `keys` are there.
 template <class M>
 VJEPA_AVX void weights_of(const BackwardScratch<M> &scratch, int64_t first_key, int64_t keys, int64_t first_query,
                           int64_t lines, float factor) {
   const __m512 times = _mm512_set1_ps(factor);
-  for (int64_t r = 0; r < kRows; ++r) {
+  for (int64_t r = 0; r < M::kGroup; ++r) {
     const int64_t at = (first_key + r) * BackwardScratch<M>::kStride + first_query / M::kElements;
     for (int64_t chunk = 0; 2 * chunk < lines; ++chunk) {
       __m512 p[2], ds[2];
@@ -85,14 +83,15 @@ VJEPA_AVX void weights_of(const BackwardScratch<M> &scratch, int64_t first_key, 
 
 #if defined(VJEPA_AVX_HAS_BF16)
 // Pairs along the queries become pairs along the keys, of `keys` keys (an even number) and `queries` queries.
-VJEPA_AVX void pair_keys(const BackwardScratch<Pairs> &scratch, int64_t keys, int64_t queries) {
+template <class M>
+VJEPA_AVX void pair_keys(const BackwardScratch<M> &scratch, int64_t keys, int64_t queries) {
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
   const __m512i low = _mm512_load_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t key = 0; key < keys; key += 2) {
-    const float *even = scratch.grad_scores + key * BackwardScratch<Pairs>::kStride;
-    const float *odd = even + BackwardScratch<Pairs>::kStride;
-    float *out = scratch.across_keys + key / 2 * kBackQueries;
+    const float *even = scratch.grad_scores + key * BackwardScratch<M>::kStride;
+    const float *odd = even + BackwardScratch<M>::kStride;
+    float *out = scratch.across_keys + key / 2 * M::kBackQueries;
     for (int64_t query = 0; query < queries; query += 32) {
       const __m512i a = _mm512_loadu_si512(even + query / 2), b = _mm512_loadu_si512(odd + query / 2);
       _mm512_storeu_si512(out + query, _mm512_permutex2var_epi16(a, low, b));
@@ -105,7 +104,7 @@ VJEPA_AVX void pair_keys(const BackwardScratch<Pairs> &scratch, int64_t keys, in
 // lse and delta of a block of queries, the former in powers of two.
 template <class T, class M>
 VJEPA_AVX void read_sums(const BackwardScratch<M> &scratch, const Rows<T> &out, const Rows<T> &grad, const float *lse) {
-  for (int64_t r = 0; r < kBackQueries; ++r) {
+  for (int64_t r = 0; r < M::kBackQueries; ++r) {
     scratch.lse[r] = r < out.count ? static_cast<float>(lse[r] * M::kExponent) : kNoQuery;
     __m512 sum = _mm512_setzero_ps();
     for (int64_t column = 0; r < out.count && column < out.width; column += kLine) {
@@ -117,34 +116,29 @@ VJEPA_AVX void read_sums(const BackwardScratch<M> &scratch, const Rows<T> &out, 
 }
 
 // The three products of a block of weights. The first block of queries writes dk and dv, the first of keys writes dq.
-template <class M, Start OfKeys, Start OfQueries>
-VJEPA_AVX void add_products(const BackwardScratch<M> &scratch, int64_t first_key, int64_t keys, int64_t queries,
-                            int64_t head_dim) {
+template <Start OfKeys, Start OfQueries, class M>
+VJEPA_AVX void add_products(M &matrix, const BackwardScratch<M> &scratch, int64_t first_key, int64_t keys,
+                            int64_t queries, int64_t head_dim) {
   constexpr int64_t stride = BackwardScratch<M>::kStride;
-  const int64_t columns = up_to(head_dim, kLine), lines = columns / kLine;
-  const int64_t query_units = (queries + M::kElements - 1) / M::kElements;
-  for (int64_t r = 0; r < keys; r += kRows) {
-    tiles_of<M, kRows, OfKeys>(lines, scratch.weights + r * stride, stride, scratch.grad_across, columns, query_units,
-                               scratch.grad_v + (first_key + r) * columns, columns);
-    tiles_of<M, kRows, OfKeys>(lines, scratch.grad_scores + r * stride, stride, scratch.query_across, columns,
-                               query_units, scratch.grad_k + (first_key + r) * columns, columns);
-  }
-  const int64_t key_units = (keys + M::kElements - 1) / M::kElements;
-  for (int64_t e = 0; e < head_dim; e += kTall) {
-    tiles_of<M, kTall, OfQueries>(up_to(queries, kLine) / kLine,
-                                  scratch.key_features + e * scratch.key_stride + first_key / M::kElements,
-                                  scratch.key_stride, scratch.across_keys, kBackQueries, key_units,
-                                  scratch.grad_q + e * kBackQueries, kBackQueries);
-  }
+  const int64_t columns = up_to(head_dim, kLine), lines = columns / kLine, rows = up_to(keys, M::kAcross);
+  const int64_t query_units = units_of<M>(queries), at = first_key * columns;
+  multiply<OfKeys>(matrix, rows, lines, scratch.weights, stride, scratch.grad_across, columns, query_units,
+                   scratch.grad_v + at, columns);
+  multiply<OfKeys>(matrix, rows, lines, scratch.grad_scores, stride, scratch.query_across, columns, query_units,
+                   scratch.grad_k + at, columns);
+  multiply<OfQueries, kTall>(matrix, up_to(head_dim, up_to(kTall, M::kAlong)), up_to(queries, kLine) / kLine,
+                             scratch.key_features + first_key / M::kElements, scratch.key_stride, scratch.across_keys,
+                             M::kBackQueries, units_of<M>(keys), scratch.grad_q, M::kBackQueries);
 }
 
 template <class T, class M>
 VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &piece, void *block) {
   const int64_t width = call.about.head_dim, row = call.about.heads * width, keys = piece.keys;
-  const int64_t units = (width + M::kElements - 1) / M::kElements, columns = up_to(width, kLine);
+  const int64_t units = units_of<M>(width), columns = up_to(width, kLine);
   const float scale = static_cast<float>(call.about.scale);
   const float factor = static_cast<float>(call.about.scale * M::kExponent);
   const BackwardScratch<M> scratch(block, width, keys);
+  M matrix;
   const auto rows_of = [&](const vjepa_heads &from, int64_t first, int64_t count) {
     const T *data = static_cast<const T *>(from.data) + first * from.token_stride + piece.head * from.head_stride;
     return Rows<T>{data, from.token_stride, count, width};
@@ -152,49 +146,50 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
   const auto written = [&](int which, int64_t first) {
     return static_cast<T *>(call.written[which]) + first * row + piece.head * width;
   };
-  pack_rows<M>(rows_of(call.k, piece.first_key, keys), up_to(keys, kRows), units, scratch.keys);
-  pack_rows<M>(rows_of(call.v, piece.first_key, keys), up_to(keys, kRows), units, scratch.values);
+  pack_rows<M>(rows_of(call.k, piece.first_key, keys), up_to(keys, M::kGroup), units, scratch.keys);
+  pack_rows<M>(rows_of(call.v, piece.first_key, keys), up_to(keys, M::kGroup), units, scratch.values);
   pack_features<M>(rows_of(call.k, piece.first_key, keys), columns, scratch.key_stride, scratch.key_features);
   if (piece.queries == 0) {  // nobody sees these keys
     std::fill_n(scratch.grad_k, keys * columns, 0.0f);
     std::fill_n(scratch.grad_v, keys * columns, 0.0f);
   }
-  for (int64_t begin = 0; begin < piece.queries; begin += kBackQueries) {
-    const int64_t queries = std::min(kBackQueries, piece.queries - begin), first = piece.first_query + begin;
+  for (int64_t begin = 0; begin < piece.queries; begin += M::kBackQueries) {
+    const int64_t queries = std::min(M::kBackQueries, piece.queries - begin), first = piece.first_query + begin;
+    const int64_t padded = padded_of<M>(queries);
     const Rows<T> q = rows_of(call.q, first, queries), grad = rows_of(call.grad, first, queries);
-    pack_panels<M>(q, units, scratch.query_panels);
-    pack_panels<M>(grad, units, scratch.grad_panels);
-    pack_across<M>(q, columns, scratch.query_across);
-    pack_across<M>(grad, columns, scratch.grad_across);
+    pack_panels<M>(q, padded, units, scratch.query_panels);
+    pack_panels<M>(grad, padded, units, scratch.grad_panels);
+    pack_across<M>(q, padded, columns, scratch.query_across);
+    pack_across<M>(grad, padded, columns, scratch.grad_across);
     read_sums(scratch, rows_of(call.out, first, queries), grad, call.lse + piece.head * call.about.tokens + first);
-    for (int64_t key = 0; key < keys; key += kBackKeys) {
-      const int64_t some = std::min(kBackKeys, keys - key), padded = up_to(some, kRows);
-      for (int64_t panel = 0; panel < queries; panel += kPanel) {
-        const int64_t lines = up_to(std::min(kPanel, queries - panel), kLine) / kLine;
-        for (int64_t r = 0; r < some; r += kRows) {
-          tile_of<M, kRows, Start::zero>(lines, scratch.keys + (key + r) * units, units,
-                                         scratch.query_panels + panel * units, kPanel, units, scratch.scores, kPanel);
-          tile_of<M, kRows, Start::zero>(lines, scratch.values + (key + r) * units, units,
-                                         scratch.grad_panels + panel * units, kPanel, units, scratch.products, kPanel);
+    for (int64_t key = 0; key < keys; key += M::kBackKeys) {
+      const int64_t some = std::min(M::kBackKeys, keys - key), rows = up_to(some, M::kGroup);
+      for (int64_t panel = 0; panel < padded; panel += kPanel) {
+        const int64_t lines = up_to(std::min(kPanel, padded - panel), kLine) / kLine;
+        for (int64_t r = 0; r < some; r += M::kGroup) {
+          multiply<Start::zero>(matrix, M::kGroup, lines, scratch.keys + (key + r) * units, units,
+                                scratch.query_panels + panel * units, kPanel, units, scratch.scores, kPanel);
+          multiply<Start::zero>(matrix, M::kGroup, lines, scratch.values + (key + r) * units, units,
+                                scratch.grad_panels + panel * units, kPanel, units, scratch.products, kPanel);
           weights_of<M>(scratch, r, some - r, panel, lines, factor);
         }
       }
 #if defined(VJEPA_AVX_HAS_BF16)
-      if constexpr (M::kElements == 2) pair_keys(scratch, padded, up_to(queries, kLine));
+      if constexpr (M::kElements == 2) pair_keys(scratch, rows, up_to(queries, kLine));
 #else
-      (void)padded;
+      (void)rows;
 #endif
       if (begin == 0 && key == 0) {
-        add_products<M, Start::zero, Start::zero>(scratch, key, some, queries, width);
+        add_products<Start::zero, Start::zero>(matrix, scratch, key, some, queries, width);
       } else if (begin == 0) {
-        add_products<M, Start::zero, Start::add>(scratch, key, some, queries, width);
+        add_products<Start::zero, Start::add>(matrix, scratch, key, some, queries, width);
       } else if (key == 0) {
-        add_products<M, Start::add, Start::zero>(scratch, key, some, queries, width);
+        add_products<Start::add, Start::zero>(matrix, scratch, key, some, queries, width);
       } else {
-        add_products<M, Start::add, Start::add>(scratch, key, some, queries, width);
+        add_products<Start::add, Start::add>(matrix, scratch, key, some, queries, width);
       }
     }
-    write_columns(scratch.grad_q, kBackQueries, queries, width, scale, written(0, first), row);
+    write_columns(scratch.grad_q, M::kBackQueries, queries, width, scale, written(0, first), row);
   }
   write_rows(scratch.grad_k, columns, keys, width, scale, written(1, piece.first_key), row);
   write_rows(scratch.grad_v, columns, keys, width, 1.0f, written(2, piece.first_key), row);

@@ -15,24 +15,24 @@ namespace vjepa {
 namespace {
 
 constexpr int64_t kQueries = kAttentionQueries;
-constexpr int64_t kGroup = 24;  // queries whose scores are there at the same time
-constexpr int64_t kKeys = 512;  // keys of a block: 24 rows of scores are 48 KiB
+constexpr int64_t kKeys = 512;            // keys of a block: 24 rows of scores are 48 KiB
+constexpr int64_t kStride = kKeys + kLine;  // of rows of scores: a power of two would put them all in one set of a cache
 // Below every score, and finite, so that differences are numbers.
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 template <class M>
 struct ForwardScratch {
   float *keys, *values;            // panels [units][64], and [units][columns]
-  float *queries, *scores, *sums;  // [kQueries][units], [kGroup][kKeys], [kQueries][columns]
+  float *queries, *scores, *sums;  // [kQueries][units], [kTogether][kStride], [kQueries][columns]
   float *top, *total, *factors;    // [kQueries]: maximum and sum of a row up to now, and what rescales it
   size_t bytes;
   ForwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
-    const int64_t units = (head_dim + M::kElements - 1) / M::kElements, columns = up_to(head_dim, kLine);
+    const int64_t units = units_of<M>(head_dim), columns = up_to(head_dim, kLine);
     Carver carver(block);
     keys = carver.take(up_to(num_keys, kPanel) * units);
-    values = carver.take((num_keys + M::kElements - 1) / M::kElements * columns);
+    values = carver.take(units_of<M>(num_keys) * columns);
     queries = carver.take(kQueries * units);
-    scores = carver.take(kGroup * kKeys);
+    scores = carver.take(M::kTogether * kStride);
     sums = carver.take(kQueries * columns);
     top = carver.take(kQueries);
     total = carver.take(kQueries);
@@ -85,48 +85,44 @@ VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor,
 template <class T, class M>
 VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &piece, void *block) {
   const int64_t width = call.about.head_dim, heads = call.about.heads;
-  const int64_t units = (width + M::kElements - 1) / M::kElements, columns = up_to(width, kLine);
+  const int64_t units = units_of<M>(width), columns = up_to(width, kLine);
   const float factor = static_cast<float>(call.about.scale * M::kExponent);
   const ForwardScratch<M> scratch(block, width, piece.keys);
+  M matrix;
   const auto rows_of = [&](const vjepa_heads &from, int64_t first, int64_t count) {
     const T *data = static_cast<const T *>(from.data) + first * from.token_stride + piece.head * from.head_stride;
     return Rows<T>{data, from.token_stride, count, width};
   };
-  pack_panels<M>(rows_of(call.k, piece.first_key, piece.keys), units, scratch.keys);
-  pack_across<M>(rows_of(call.v, piece.first_key, piece.keys), columns, scratch.values);
+  pack_panels<M>(rows_of(call.k, piece.first_key, piece.keys), piece.keys, units, scratch.keys);
+  pack_across<M>(rows_of(call.v, piece.first_key, piece.keys), padded_of<M>(piece.keys), columns, scratch.values);
   T *out = static_cast<T *>(call.written[0]) + piece.head * width;
   float *lse = call.written_lse + piece.head * call.about.tokens;
   for (int64_t begin = piece.first_query; begin < piece.first_query + piece.queries; begin += kQueries) {
     const int64_t queries = std::min(kQueries, piece.first_query + piece.queries - begin);
-    pack_rows<M>(rows_of(call.q, begin, queries), up_to(queries, kRows), units, scratch.queries);
+    pack_rows<M>(rows_of(call.q, begin, queries), up_to(queries, M::kAcross), units, scratch.queries);
     std::fill_n(scratch.top, kQueries, kLowest);
     for (int64_t key = 0; key < piece.keys; key += kKeys) {
       const int64_t keys = std::min(kKeys, piece.keys - key);
       const float *values = scratch.values + key / M::kElements * columns;
-      const int64_t key_units = (keys + M::kElements - 1) / M::kElements;
-      for (int64_t first = 0; first < queries; first += kGroup) {
-        const int64_t some = std::min(kGroup, queries - first);
+      const int64_t key_units = units_of<M>(keys);
+      for (int64_t first = 0; first < queries; first += M::kTogether) {
+        const int64_t some = std::min(M::kTogether, queries - first), rows = up_to(some, M::kAcross);
         for (int64_t panel = 0; panel < keys; panel += kPanel) {
           const int64_t lines = up_to(std::min(kPanel, keys - panel), kLine) / kLine;
-          for (int64_t r = 0; r < some; r += kRows) {
-            tile_of<M, kRows, Start::zero>(lines, scratch.queries + (first + r) * units, units,
-                                           scratch.keys + (key + panel) * units, kPanel, units,
-                                           scratch.scores + r * kKeys + panel, kKeys);
-          }
+          multiply<Start::zero>(matrix, rows, lines, scratch.queries + first * units, units,
+                                scratch.keys + (key + panel) * units, kPanel, units, scratch.scores + panel, kStride);
         }
         for (int64_t r = 0; r < some; ++r) {
-          exponentials<M>(scratch.scores + r * kKeys, keys, key == 0, factor, scratch.top + first + r,
+          exponentials<M>(scratch.scores + r * kStride, keys, key == 0, factor, scratch.top + first + r,
                           scratch.total + first + r, scratch.factors + first + r);
         }
-        for (int64_t r = 0; r < some; r += kRows) {
-          const float *weights = scratch.scores + r * kKeys;
-          float *sums = scratch.sums + (first + r) * columns;
-          if (key == 0) {
-            tiles_of<M, kRows, Start::zero>(columns / kLine, weights, kKeys, values, columns, key_units, sums, columns);
-          } else {
-            tiles_of<M, kRows, Start::rescale>(columns / kLine, weights, kKeys, values, columns, key_units, sums,
-                                               columns, scratch.factors + first + r);
-          }
+        float *sums = scratch.sums + first * columns;
+        if (key == 0) {
+          multiply<Start::zero>(matrix, rows, columns / kLine, scratch.scores, kStride, values, columns, key_units, sums,
+                                columns);
+        } else {
+          multiply<Start::rescale>(matrix, rows, columns / kLine, scratch.scores, kStride, values, columns, key_units,
+                                   sums, columns, scratch.factors + first);
         }
       }
     }

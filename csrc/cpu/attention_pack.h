@@ -118,11 +118,11 @@ VJEPA_AVX void pack_rows(const Rows<T> &rows, int64_t padded, int64_t units, flo
   }
 }
 
-// An operand b, a column for each row and units along the features: panels [units][kPanel]; of the last one the
-// registers that have a row.
+// An operand b, a column for each of `padded` rows and units along the features: panels [units][kPanel]; of the last
+// one the registers that have a row.
 template <class M, class T>
-VJEPA_AVX void pack_panels(const Rows<T> &rows, int64_t units, float *to) {
-  for (int64_t first = 0; first < rows.count; first += kLine) {
+VJEPA_AVX void pack_panels(const Rows<T> &rows, int64_t padded, int64_t units, float *to) {
+  for (int64_t first = 0; first < padded; first += kLine) {
     float *panel = to + first / kPanel * units * kPanel + first % kPanel;
     for (int64_t u = 0; u < units; u += kLine) {
       const int64_t column = u * M::kElements;
@@ -147,10 +147,10 @@ VJEPA_AVX void pack_panels(const Rows<T> &rows, int64_t units, float *to) {
   }
 }
 
-// An operand b, a column for each feature and units along the rows: [units of all rows][columns].
+// An operand b, a column for each feature and units along `padded` rows: [units][columns].
 template <class M, class T>
-VJEPA_AVX void pack_across(const Rows<T> &rows, int64_t columns, float *to) {
-  for (int64_t r = 0; r < rows.count; r += M::kElements, to += columns) {
+VJEPA_AVX void pack_across(const Rows<T> &rows, int64_t padded, int64_t columns, float *to) {
+  for (int64_t r = 0; r < padded; r += M::kElements, to += columns) {
     for (int64_t column = 0; column < columns; column += kLine) {
       _mm512_storeu_ps(to + column, load_across<M>(rows, r, column));
     }
@@ -202,6 +202,17 @@ VJEPA_AVX void write_columns(const float *from, int64_t stride, int64_t count, i
       }
     }
   }
+}
+
+// Units of `count` elements along a sum.
+template <class M>
+int64_t units_of(int64_t count) {
+  return up_to((count + M::kElements - 1) / M::kElements, M::kAlong);
+}
+// And as many elements.
+template <class M>
+int64_t padded_of(int64_t count) {
+  return units_of<M>(count) * M::kElements;
 }
 
 // Hands out pieces of a block of memory, or, without one, counts what they need.

@@ -29,6 +29,16 @@ constexpr int64_t kPanel = 64;  // columns of a panel: with 6 rows, 24 of 32 reg
 constexpr int64_t kRows = 6;    // rows of most products
 constexpr int64_t kTall = 8;    // rows where they are the features of a head, multiples of 8: 3 registers wide
 
+// How operands are padded with zeros, and in which blocks the passes work, unless a kind of product says otherwise.
+struct Blocks {
+  static constexpr int64_t kAlong = 1;          // units of a sum are a multiple of that
+  static constexpr int64_t kAcross = kRows;     // rows of an operand a are
+  static constexpr int64_t kTogether = 24;      // queries whose scores are there at the same time, forward
+  static constexpr int64_t kGroup = kRows;      // keys whose weights are made together in the backward pass
+  static constexpr int64_t kBackQueries = 192;  // of a block there: a multiple of what products are wide
+  static constexpr int64_t kBackKeys = 96;      // of a block there: a multiple of kGroup
+};
+
 inline int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -42,7 +52,7 @@ VJEPA_AVX_INLINE __m512 nearest(__m512 x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-struct Single {
+struct Single : Blocks {
   static constexpr int64_t kElements = 1;  // of a unit
   static constexpr int64_t kChain = 32;    // units that are summed one after the other
   static constexpr double kExponent = 1;   // exponents are scores, times that, times the scale
@@ -71,7 +81,7 @@ struct Single {
 };
 
 #if defined(VJEPA_AVX_HAS_BF16)
-struct Pairs {
+struct Pairs : Blocks {
   static constexpr int64_t kElements = 2;
   static constexpr int64_t kChain = INT64_MAX;
   static constexpr double kExponent = kLog2E;
@@ -158,6 +168,17 @@ VJEPA_AVX void tiles_of(int64_t lines, const float *a, int64_t a_stride, const f
     const int64_t parts = (lines - done + most - 1) / most, some = (lines - done + parts - 1) / parts;
     tile_of<M, R, S>(some, a, a_stride, b + kLine * done, b_stride, units, out + kLine * done, out_stride, factors);
     done += some;
+  }
+}
+
+// The same for a number of rows, which go through in groups of Rows.
+template <Start S, int Rows = kRows, class M>
+VJEPA_AVX void multiply(M &, int64_t rows, int64_t lines, const float *a, int64_t a_stride, const float *b,
+                        int64_t b_stride, int64_t units, float *out, int64_t out_stride,
+                        const float *factors = nullptr) {
+  for (int64_t r = 0; r < rows; r += Rows) {
+    tiles_of<M, Rows, S>(lines, a + r * a_stride, a_stride, b, b_stride, units, out + r * out_stride, out_stride,
+                         factors ? factors + r : nullptr);
   }
 }
 
