@@ -61,7 +61,7 @@ class Tiles {
 };
 #endif
 
-// The same in software, for tests on other processors: the same numbers, a hundred times slower.
+// The same in software, for tests on other processors: the same numbers, hundreds of times slower.
 class TilesInSoftware {
  public:
   template <int T>
@@ -78,26 +78,31 @@ class TilesInSoftware {
   void store(float *to, int64_t stride) {
     for (int64_t r = 0; r < kTile; ++r) __builtin_memcpy(to + r * stride, tiles_[T] + r * kTile, kTile * sizeof(float));
   }
+  // Inlined, so that it is compiled for a processor with FMA wherever its caller is.
   template <int Sum, int A, int B>
-  void dot() {
+  __attribute__((always_inline)) inline void dot() {
     for (int64_t r = 0; r < kTile; ++r) {
-      for (int64_t c = 0; c < kTile; ++c) {
-        float sums[2] = {};
-        for (int64_t u = 0; u < kTile; ++u) {
-          for (int half = 0; half < 2; ++half) {
-            const float x = part(tiles_[A][r * kTile + u], half), y = part(tiles_[B][u * kTile + c], half);
-            sums[half] = normal(__builtin_fmaf(x, y, sums[half]));
+      float sums[2][kTile] = {};
+      for (int64_t u = 0; u < kTile; ++u) {
+        for (int half = 0; half < 2; ++half) {
+          const float x = part(tiles_[A][r * kTile + u], half);
+          for (int64_t c = 0; c < kTile; ++c) {
+            sums[half][c] = normal(__builtin_fmaf(x, part(tiles_[B][u * kTile + c], half), sums[half][c]));
           }
         }
+      }
+      for (int64_t c = 0; c < kTile; ++c) {
         float &sum = tiles_[Sum][r * kTile + c];
-        sum = normal(normal(sum) + normal(sums[0] + sums[1]));
+        sum = normal(normal(sum) + normal(sums[0][c] + sums[1][c]));
       }
     }
   }
 
  private:
-  static float normal(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
-  static float part(float unit, int half) {
+  __attribute__((always_inline)) static float normal(float x) {
+    return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x;
+  }
+  __attribute__((always_inline)) static float part(float unit, int half) {
     uint32_t bits;
     __builtin_memcpy(&bits, &unit, sizeof bits);
     bits = half ? bits & 0xffff0000u : bits << 16;

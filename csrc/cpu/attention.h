@@ -46,6 +46,6 @@ extern const AttentionCodes kAttentionWidened;   // bfloat16 tensors, float32 pr
 extern const AttentionCodes kAttentionBfloat16;  // bfloat16 tensors, bfloat16 products
 extern const AttentionCodes kAttentionTiles;     // the same by the tiles of AMX
 extern const AttentionCodes kAttentionTilesInSoftware;
-constexpr int64_t kAttentionQueries = 96;        // queries that go through all keys together in the forward pass
+constexpr int64_t kAttentionQueries = 96;  // queries that go through all keys together in the forward pass
 
 }  // namespace vjepa

@@ -53,14 +53,15 @@ struct Tiled : Pairs {
     if constexpr (R > 1 && C > 1) tiles.template store<3>(down(1) + kTile, out_stride);
   }
 
-  template <int R>
-  VJEPA_AVX_INLINE void columns(int64_t lines, bool add, const float *a, int64_t a_stride, const float *b,
+  // C columns of tiles of out, which have b in the nearest cache while the rows go by.
+  template <int C>
+  VJEPA_AVX_INLINE void columns(int64_t rows, bool add, const float *a, int64_t a_stride, const float *b,
                                 int64_t b_stride, int64_t units, float *out, int64_t out_stride) {
-    int64_t c = 0;
-    for (; c + 2 <= lines; c += 2) {
-      block<R, 2>(add, a, a_stride, b + c * kTile, b_stride, units, out + c * kTile, out_stride);
+    int64_t r = 0;
+    for (; r + 2 * kTile <= rows; r += 2 * kTile) {
+      block<2, C>(add, a + r * a_stride, a_stride, b, b_stride, units, out + r * out_stride, out_stride);
     }
-    if (c < lines) block<R, 1>(add, a, a_stride, b + c * kTile, b_stride, units, out + c * kTile, out_stride);
+    if (r < rows) block<1, C>(add, a + r * a_stride, a_stride, b, b_stride, units, out + r * out_stride, out_stride);
   }
 };
 
@@ -79,13 +80,12 @@ VJEPA_AVX void multiply(Tiled<Engine> &m, int64_t rows, int64_t lines, const flo
       }
     }
   }
-  int64_t r = 0;
-  for (; r + 2 * kTile <= rows; r += 2 * kTile) {
-    m.template columns<2>(lines, add, a + r * a_stride, a_stride, b, b_stride, units, out + r * out_stride, out_stride);
+  int64_t c = 0;
+  for (; c + 2 <= lines; c += 2) {
+    m.template columns<2>(rows, add, a, a_stride, b + c * kTile, b_stride, units, out + c * kTile, out_stride);
   }
-  if (r < rows) {
-    m.template columns<1>(lines, add, a + r * a_stride, a_stride, b, b_stride, units, out + r * out_stride, out_stride);
-  }
+  if (c < lines)
+    m.template columns<1>(rows, add, a, a_stride, b + c * kTile, b_stride, units, out + c * kTile, out_stride);
 }
 
 }  // namespace

@@ -20,11 +20,12 @@ constexpr float kNoQuery = 1e30f;  // log-sum-exp of a column without a query: i
 template <class M>
 struct BackwardScratch {
   static constexpr int64_t kStride = M::kBackQueries / M::kElements + kLine;  // of rows of weights, see kStride
-  float *keys, *values, *key_features;                             // [keys][units] twice, [features][key_stride]
-  float *grad_k, *grad_v;                                          // [keys][columns]
-  float *query_panels, *grad_panels;                               // panels [units][64] of a block of queries
-  float *query_across, *grad_across;                               // [query units][columns]
-  float *weights, *grad_scores, *across_keys;  // [kBackKeys][kStride] twice, [key units][kBackQueries]
+  static constexpr int64_t kAcrossStride = M::kElements == 1 ? kStride : M::kBackQueries;
+  float *keys, *values, *key_features;         // [keys][units] twice, [features][key_stride]
+  float *grad_k, *grad_v;                      // [keys][columns]
+  float *query_panels, *grad_panels;           // panels [units][64] of a block of queries
+  float *query_across, *grad_across;           // [query units][columns]
+  float *weights, *grad_scores, *across_keys;  // [kBackKeys][kStride] twice, [key units][kAcrossStride]
   float *grad_q;                               // [features][kBackQueries]
   float *scores, *products, *lse, *delta;      // [kGroup][kPanel] twice, [kBackQueries] twice
   int64_t key_stride;
@@ -128,7 +129,7 @@ VJEPA_AVX void add_products(M &matrix, const BackwardScratch<M> &scratch, int64_
                    scratch.grad_k + at, columns);
   multiply<OfQueries, kTall>(matrix, up_to(head_dim, up_to(kTall, M::kAlong)), up_to(queries, kLine) / kLine,
                              scratch.key_features + first_key / M::kElements, scratch.key_stride, scratch.across_keys,
-                             M::kBackQueries, units_of<M>(keys), scratch.grad_q, M::kBackQueries);
+                             BackwardScratch<M>::kAcrossStride, units_of<M>(keys), scratch.grad_q, M::kBackQueries);
 }
 
 template <class T, class M>

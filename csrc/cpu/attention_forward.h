@@ -15,15 +15,13 @@ namespace vjepa {
 namespace {
 
 constexpr int64_t kQueries = kAttentionQueries;
-constexpr int64_t kKeys = 512;            // keys of a block: 24 rows of scores are 48 KiB
-constexpr int64_t kStride = kKeys + kLine;  // of rows of scores: a power of two would put them all in one set of a cache
 // Below every score, and finite, so that differences are numbers.
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 template <class M>
 struct ForwardScratch {
   float *keys, *values;            // panels [units][64], and [units][columns]
-  float *queries, *scores, *sums;  // [kQueries][units], [kTogether][kStride], [kQueries][columns]
+  float *queries, *scores, *sums;  // [kQueries][units], [kTogether][M::kStride], [kQueries][columns]
   float *top, *total, *factors;    // [kQueries]: maximum and sum of a row up to now, and what rescales it
   size_t bytes;
   ForwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
@@ -32,7 +30,7 @@ struct ForwardScratch {
     keys = carver.take(up_to(num_keys, kPanel) * units);
     values = carver.take(units_of<M>(num_keys) * columns);
     queries = carver.take(kQueries * units);
-    scores = carver.take(M::kTogether * kStride);
+    scores = carver.take(M::kTogether * M::kStride);
     sums = carver.take(kQueries * columns);
     top = carver.take(kQueries);
     total = carver.take(kQueries);
@@ -53,10 +51,18 @@ VJEPA_AVX_INLINE __m512 weight(__m512 score, __m512 highest, __m512 factor) {
 template <class M>
 VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor, float *top, float *total,
                             float *rescale) {
-  __m512 high = _mm512_set1_ps(kLowest);
+  __m512 high = _mm512_set1_ps(kLowest), high2 = high, high3 = high, high4 = high;  // apart: none waits for another
   int64_t j = 0;
-  for (; j + kLine <= count; j += kLine) high = _mm512_max_ps(high, _mm512_loadu_ps(row + j));
-  if (j < count) high = _mm512_mask_max_ps(high, mask_of(count - j), high, _mm512_loadu_ps(row + j));
+  for (; j + 4 * kLine <= count; j += 4 * kLine) {
+    high = _mm512_max_ps(high, _mm512_loadu_ps(row + j));
+    high2 = _mm512_max_ps(high2, _mm512_loadu_ps(row + j + kLine));
+    high3 = _mm512_max_ps(high3, _mm512_loadu_ps(row + j + 2 * kLine));
+    high4 = _mm512_max_ps(high4, _mm512_loadu_ps(row + j + 3 * kLine));
+  }
+  high = _mm512_max_ps(_mm512_max_ps(high, high2), _mm512_max_ps(high3, high4));
+  for (; j < count; j += kLine) {
+    high = _mm512_mask_max_ps(high, mask_of(count - j), high, _mm512_loadu_ps(row + j));
+  }
   const float highest = std::max(*top, _mm512_reduce_max_ps(high));
   const __m512 times = _mm512_set1_ps(factor), minus = _mm512_set1_ps(highest);
   __m512 sum = _mm512_setzero_ps(), sum2 = _mm512_setzero_ps();
@@ -101,8 +107,8 @@ VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &pi
     const int64_t queries = std::min(kQueries, piece.first_query + piece.queries - begin);
     pack_rows<M>(rows_of(call.q, begin, queries), up_to(queries, M::kAcross), units, scratch.queries);
     std::fill_n(scratch.top, kQueries, kLowest);
-    for (int64_t key = 0; key < piece.keys; key += kKeys) {
-      const int64_t keys = std::min(kKeys, piece.keys - key);
+    for (int64_t key = 0; key < piece.keys; key += M::kKeys) {
+      const int64_t keys = std::min(M::kKeys, piece.keys - key);
       const float *values = scratch.values + key / M::kElements * columns;
       const int64_t key_units = units_of<M>(keys);
       for (int64_t first = 0; first < queries; first += M::kTogether) {
@@ -110,19 +116,20 @@ VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &pi
         for (int64_t panel = 0; panel < keys; panel += kPanel) {
           const int64_t lines = up_to(std::min(kPanel, keys - panel), kLine) / kLine;
           multiply<Start::zero>(matrix, rows, lines, scratch.queries + first * units, units,
-                                scratch.keys + (key + panel) * units, kPanel, units, scratch.scores + panel, kStride);
+                                scratch.keys + (key + panel) * units, kPanel, units, scratch.scores + panel,
+                                M::kStride);
         }
         for (int64_t r = 0; r < some; ++r) {
-          exponentials<M>(scratch.scores + r * kStride, keys, key == 0, factor, scratch.top + first + r,
+          exponentials<M>(scratch.scores + r * M::kStride, keys, key == 0, factor, scratch.top + first + r,
                           scratch.total + first + r, scratch.factors + first + r);
         }
         float *sums = scratch.sums + first * columns;
         if (key == 0) {
-          multiply<Start::zero>(matrix, rows, columns / kLine, scratch.scores, kStride, values, columns, key_units, sums,
-                                columns);
+          multiply<Start::zero>(matrix, rows, columns / kLine, scratch.scores, M::kStride, values, columns, key_units,
+                                sums, columns);
         } else {
-          multiply<Start::rescale>(matrix, rows, columns / kLine, scratch.scores, kStride, values, columns, key_units,
-                                   sums, columns, scratch.factors + first);
+          multiply<Start::rescale>(matrix, rows, columns / kLine, scratch.scores, M::kStride, values, columns,
+                                   key_units, sums, columns, scratch.factors + first);
         }
       }
     }

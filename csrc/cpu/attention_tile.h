@@ -31,12 +31,14 @@ constexpr int64_t kTall = 8;    // rows where they are the features of a head, m
 
 // How operands are padded with zeros, and in which blocks the passes work, unless a kind of product says otherwise.
 struct Blocks {
-  static constexpr int64_t kAlong = 1;          // units of a sum are a multiple of that
-  static constexpr int64_t kAcross = kRows;     // rows of an operand a are
-  static constexpr int64_t kTogether = 24;      // queries whose scores are there at the same time, forward
-  static constexpr int64_t kGroup = kRows;      // keys whose weights are made together in the backward pass
-  static constexpr int64_t kBackQueries = 192;  // of a block there: a multiple of what products are wide
-  static constexpr int64_t kBackKeys = 96;      // of a block there: a multiple of kGroup
+  static constexpr int64_t kAlong = 1;               // units of a sum are a multiple of that
+  static constexpr int64_t kAcross = kRows;          // rows of an operand a are
+  static constexpr int64_t kTogether = 24;           // queries whose scores are there at the same time, forward
+  static constexpr int64_t kKeys = 512;              // and keys of these: 24 rows of scores are 48 KiB
+  static constexpr int64_t kStride = kKeys + kLine;  // of rows of scores: powers of two would share a set of a cache
+  static constexpr int64_t kGroup = kRows;           // keys whose weights are made together in the backward pass
+  static constexpr int64_t kBackQueries = 192;       // of a block there: a multiple of what products are wide
+  static constexpr int64_t kBackKeys = 96;           // of a block there: a multiple of kGroup
 };
 
 inline int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -89,16 +91,15 @@ struct Pairs : Blocks {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
 
-  // 2^x; the polynomial's error is 3e-6, while a bfloat16 rounds by 2e-3.
+  // 2^x; the polynomial's error is 3e-6, while a bfloat16 rounds by 2e-3. Of minus infinity it is 0, of NaN NaN.
   VJEPA_AVX_INLINE static __m512 exp(__m512 x) {
-    x = not_below(x);
-    const __m512 whole = nearest(x), rest = _mm512_sub_ps(x, whole);
-    __m512 power = _mm512_set1_ps(9.58285299e-3f);
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.59064247e-2f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.40240986e-1f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93124193e-1f));
+    const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 power = _mm512_set1_ps(1.34261978e-2f);
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.22442176e-2f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.41278687e-1f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93045133e-1f));
     power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(power, whole);
+    return _mm512_scalef_ps(power, x);  // it takes what is below x
   }
 
   VJEPA_AVX_INLINE static void store(float *row, int64_t j, __m512 low, __m512 high) {

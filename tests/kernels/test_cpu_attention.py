@@ -60,6 +60,8 @@ def test_what_it_cannot_take_and_why(monkeypatch):
     monkeypatch.setattr(_cpu_attention, "has_amx", lambda: True)
     assert "AMX" in str(_cpu_attention.unfit(torch.zeros(1, 1, 1, dtype=torch.bfloat16), 0.5))
     assert _cpu_attention.unfit(torch.zeros(1, 1, 1), 0.5) is None
+    monkeypatch.setattr(_cpu_attention, "instructions", lambda: 7)  # the library has it too
+    assert _cpu_attention.unfit(torch.zeros(1, 1, 1, dtype=torch.bfloat16), 0.5) is None
 
 
 @pytest.mark.parametrize("found", [0, _cpu_attention.AVX512_BF16])
@@ -92,6 +94,8 @@ def test_where_it_is_fastest_and_can_run_it_serves(monkeypatch, served):
     attend(torch.bfloat16).sum().backward()
     assert served == ["cpu"] * 4
     monkeypatch.setattr(_cpu_attention, "has_amx", lambda: True)
+    found = _cpu_attention.instructions() & ~_cpu_attention.AMX_BF16
+    monkeypatch.setattr(_cpu_attention, "instructions", lambda: found)
     served.clear()
     attend(torch.bfloat16).sum().backward()
     assert served == ["sdpa", "sdpa"]

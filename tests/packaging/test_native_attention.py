@@ -17,22 +17,35 @@ from vjepa.kernels import _cpu_attention, _native, reference
 REASON = _cpu_attention.why_not(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
+AVX512, NARROW, TILES, IN_SOFTWARE = (
+    getattr(_cpu_attention, name) for name in ("AVX512", "AVX512_BF16", "AMX_BF16", "AMX_IN_SOFTWARE")
+)
+
+
+def lacks(needed, what):
+    found = 0 if REASON is not None else _cpu_attention.instructions()
+    return pytest.mark.skipif(not found & needed, reason=f"the processor has no {what}")
+
+
 # Tensors and products: bfloat16 without its own products is widened while it is packed.
 KINDS = [
-    pytest.param((torch.float32, 1), id="float32"),
-    pytest.param((torch.bfloat16, 1), id="bfloat16, float32 products"),
+    pytest.param((torch.float32, AVX512), id="float32"),
+    pytest.param((torch.bfloat16, AVX512), id="bfloat16, float32 products"),
+    pytest.param((torch.bfloat16, AVX512 | NARROW), id="bfloat16", marks=lacks(NARROW, "products of bfloat16")),
+    pytest.param((torch.bfloat16, AVX512 | NARROW | TILES), id="bfloat16, tiles", marks=lacks(TILES, "tiles")),
+]
+# Slower by orders of magnitude, so that only small problems are given to them.
+AND_SOFTWARE = [
+    *KINDS,
     pytest.param(
-        (torch.bfloat16, 3),
-        id="bfloat16",
-        marks=pytest.mark.skipif(
-            REASON is None and not _cpu_attention.instructions() & _cpu_attention.AVX512_BF16,
-            reason="the processor has no products of bfloat16",
-        ),
+        (torch.bfloat16, AVX512 | NARROW | IN_SOFTWARE),
+        id="bfloat16, tiles in software",
+        marks=lacks(NARROW, "products of bfloat16"),
     ),
 ]
 HEAD_DIMS = (1, 2, 3, 15, 16, 17, 24, 31, 32, 33, 48, 50, 64, 80, 96, 127, 192, 255, 256)
-# Around the rows of a tile, its columns, and the blocks of queries (96, 192) and keys (96, 512).
-LENGTHS = (1, 2, 5, 6, 7, 15, 17, 63, 65, 95, 97, 191, 193, 511, 513)
+# Around the rows of a tile, its columns, and the blocks of queries (96, 192, 256) and keys (96, 128, 512).
+LENGTHS = (1, 2, 5, 6, 7, 15, 17, 31, 33, 63, 65, 95, 97, 127, 129, 191, 193, 255, 257, 511, 513)
 GUARD = 77  # elements on either side of what is written
 
 
@@ -150,7 +163,7 @@ def assert_accurate(results, inputs, scale):
             assert error <= 2 * max(*allowed, rounding), f"error {error:.3g} of {place}, PyTorch's {allowed}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AND_SOFTWARE)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim(kind, head_dim):
     dtype, instructions = kind
@@ -173,7 +186,7 @@ def test_every_length(kind, length):
     assert not torch.cat([x.flatten() for x in results]).isnan().any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AND_SOFTWARE)
 def test_keys_that_nobody_sees_have_no_gradient(kind):
     dtype, instructions = kind
     results = both(*problem((0, 3, 0), 2, 5, dtype, (4, 2, 7)), 0.5, instructions)
@@ -185,7 +198,16 @@ def test_keys_that_nobody_sees_have_no_gradient(kind):
     assert all(result.numel() == 0 for result in both(*problem((3, 4), 0, 5, dtype), 0.5, instructions))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@lacks(TILES, "tiles")
+@pytest.mark.parametrize("lengths", [(1,), (130, 33)], ids=str)
+def test_tiles_in_software_compute_what_the_processor_does(lengths):
+    torch.manual_seed(1)
+    inputs = problem(lengths, 2, 40, torch.bfloat16)
+    hard, soft = (both(*inputs, 0.2, AVX512 | NARROW | which) for which in (TILES, IN_SOFTWARE))
+    assert all(map(torch.equal, hard, soft))
+
+
+@pytest.mark.parametrize("kind", AND_SOFTWARE)
 @pytest.mark.parametrize("head_dim", [1, 7, 24, 33, 80])
 def test_only_the_features_of_a_head_are_read(kind, head_dim):
     """What lies between the heads, and between the tokens, is NaN; rows begin at any element."""

@@ -17,7 +17,7 @@ BAD = {
     "threads": ({}, {"threads": 0}, "the number of threads is less than 1"),
     "dtype": ({"dtype": 2}, {}, "a dtype is none of those"),
     "no instructions": ({"instructions": 0}, {}, "lacks the instructions"),
-    "unknown instructions": ({"instructions": 9}, {}, "lacks the instructions"),
+    "unknown instructions": ({"instructions": 17}, {}, "lacks the instructions"),
     "no scale": ({"scale": 0.0}, {}, "the scale is not a positive, finite number"),
     "negative scale": ({"scale": -1.0}, {}, "the scale is not a positive, finite number"),
     "infinite scale": ({"scale": float("inf")}, {}, "the scale is not a positive, finite number"),
