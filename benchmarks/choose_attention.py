@@ -29,8 +29,11 @@ Entry = tuple[str, int, int, bool, tuple[str, ...]]
 
 
 def kind_of(about: dict[str, Any]) -> str:
-    """cpu, or sm_90 for compute capability 9.0."""
-    return "cpu" if about["kind"] == "cpu" else "sm_" + about["capability"].replace(".", "")
+    """cpu, cpu_amx for one with AMX, or sm_90 for compute capability 9.0."""
+    capability = about.get("capability")
+    if about["kind"] == "cpu":
+        return f"cpu_{capability}" if capability else "cpu"
+    return "sm_" + capability.replace(".", "")
 
 
 def entries(works: list[dict[str, Any]]) -> list[Entry]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from vjepa.kernels import backend
 from . import report
 from .clocks import Call, Clock, DeviceClock, HostClock
 from .harness import ROUNDS, Contender, Outcome, Work, check, compete, ours
-from .machine import Ceilings, machine, measure_ceilings
+from .machine import Ceilings, machine, measure_ceilings, slug
 
 DEFAULT_RESULTS = Path(__file__).parent / "results"
 OUTCOMES = pytest.StashKey[list[dict]]()
@@ -160,14 +159,13 @@ def record(config: pytest.Config, outcome: Outcome, ceilings: Ceilings, device: 
     outcomes.append(outcome.as_dict())
     if folder := config.getoption("--results"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        name = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", about["device"].lower())
         content = {
             "machine": about,
             "ceilings": asdict(ceilings),
             "works": [work for work in outcomes if work["op"] == outcome.work.op],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (Path(folder) / f"{outcome.work.op}-{name}.json").write_text(text)
+        (Path(folder) / f"{outcome.work.op}-{slug(about)}.json").write_text(text)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

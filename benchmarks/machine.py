@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import torch
 
+from vjepa.kernels._cpu_attention import has_amx
+
 from .clocks import Call, Clock
 from .harness import GIGA, TERA, Contender, Outcome, dtype_name, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
+AMX = "amx"  # the capability of a CPU that has it
 EXPS = 16  # of all architectures from sm_80 to sm_120
 
 
@@ -74,7 +78,7 @@ def machine(device: torch.device) -> dict[str, str | None]:
     return {
         "kind": device.type,
         "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if cuda else None,
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if cuda else AMX if has_amx() else None,
         "driver": _output(*query) if cuda else None,
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -105,6 +109,13 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
+def slug(about: dict[str, str | None]) -> str:
+    """What names the files of a machine."""
+    if about["kind"] == "cpu":
+        return "cpu" if about["capability"] is None else f"cpu-{about['capability']}"
+    return re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())
+
+
 def _output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
@@ -116,4 +127,5 @@ def _processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+    tiles = " with AMX" if has_amx() else ""
+    return f"{models[0] if models else platform.machine()}{tiles}, {torch.get_num_threads()} threads"

@@ -13,6 +13,7 @@ from math import log2
 import torch
 from torch import Tensor
 
+from . import _cpu_attention
 from ._attention_measured import MEASURED
 from ._triton import capability
 
@@ -28,8 +29,10 @@ def order(device: torch.device, q: Tensor, scale: float, lengths: Tensor, kv_len
 
 
 def _kind(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu_amx" if _cpu_attention.tiles() else "cpu"
     if device.type != "cuda" or torch.version.hip is not None:
-        return device.type if device.type == "cpu" else ""
+        return ""
     return "sm_{}{}".format(*capability(device))
 
 

@@ -71,6 +71,12 @@ def instructions() -> int:
 
 
 @functools.cache
+def tiles() -> bool:
+    """Whether the library multiplies bfloat16 by AMX here."""
+    return _native.available()[0] and bool(instructions() & AMX_BF16)
+
+
+@functools.cache
 def has_amx() -> bool:
     """Whether PyTorch multiplies bfloat16 matrices by AMX, several times as fast as by AVX-512."""
     asked = getattr(torch.cpu, "_is_amx_tile_supported", None)

@@ -368,7 +368,8 @@ def test_the_table_of_attention_is_what_was_measured(tmp_path, monkeypatch):
         measured({"sdpa": 0.1}, shapes={"qkv": [90, 3, 16, 64], "lengths": [45, 45]}),
         measured({}, dtype="float32"),
     ]
-    for slug, about in (("h200", {"kind": "cuda", "capability": "9.0"}), ("cpu", {"kind": "cpu"})):
+    amx = {"kind": "cpu", "capability": "amx"}
+    for slug, about in (("h200", {"kind": "cuda", "capability": "9.0"}), ("cpu", {"kind": "cpu"}), ("cpu-amx", amx)):
         (tmp_path / f"attention-{slug}.json").write_text(json.dumps({"machine": about, "works": works}))
     namespace: dict = {}
     exec(choose.table(tmp_path), namespace)
@@ -376,4 +377,4 @@ def test_the_table_of_attention_is_what_was_measured(tmp_path, monkeypatch):
         ("bfloat16", 24, 45, False, ("triton", "sdpa", "reference")),
         ("bfloat16", 64, 45, True, ("sdpa",)),
     ]
-    assert namespace["MEASURED"] == {"cpu": entries, "sm_90": entries}
+    assert namespace["MEASURED"] == {"cpu": entries, "cpu_amx": entries, "sm_90": entries}

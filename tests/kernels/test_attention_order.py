@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vjepa.kernels import _attention_order, _dispatch, backend, varlen_attention
+from vjepa.kernels import _attention_order, _cpu_attention, _dispatch, backend, varlen_attention
 
 TABLE = {
     "cpu": [
@@ -13,6 +13,7 @@ TABLE = {
         ("float32", 24, 100, False, ("sdpa", "reference")),
         ("float32", 64, 1568, True, ("flash_attn_3", "sdpa", "reference")),
     ],
+    "cpu_amx": [("float32", 24, 1500, False, ("cpu", "sdpa"))],
     "sm_90": [
         ("bfloat16", 24, 1500, False, ("triton", "torch_varlen")),
         ("bfloat16", 64, 1500, False, ("flash_attn_3", "triton")),
@@ -24,6 +25,7 @@ TABLE = {
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.setattr(_attention_order, "MEASURED", TABLE)
+    monkeypatch.setattr(_cpu_attention, "tiles", lambda: False)
     _attention_order.nearest.cache_clear()
     yield
     _attention_order.nearest.cache_clear()
@@ -45,6 +47,12 @@ def test_the_nearest_measurement():
     assert order((1400, 1300), dtype=torch.bfloat16) == ()  # not measured
     assert order(()) == order((0, 0)) == ()
     assert order((3, 4), device="meta") == ()
+
+
+@pytest.mark.usefixtures("table")
+def test_processors_with_tiles_have_their_own(monkeypatch):
+    monkeypatch.setattr(_cpu_attention, "tiles", lambda: True)
+    assert order((90, 80)) == ("cpu", "sdpa")
 
 
 @pytest.mark.usefixtures("table")

@@ -20,7 +20,7 @@ def attend(dtype=torch.float32, **options):
 def served(monkeypatch):
     """Who serves; the native kernels were the fastest in both dtypes."""
     table = [(name, 8, 4, False, ("cpu", "sdpa", "reference")) for name in ("bfloat16", "float32")]
-    monkeypatch.setattr(_attention_order, "MEASURED", {"cpu": table})
+    monkeypatch.setattr(_attention_order, "MEASURED", {"cpu": table, "cpu_amx": table})
     monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
     _attention_order.nearest.cache_clear()
     names = []
