@@ -109,10 +109,11 @@ def test_csrc_includes_only_itself_the_standard_library_the_compiler_and_cuda(pa
             assert (path.parent / name).resolve().is_relative_to(ROOT / "csrc")
             assert (path.parent / name).exists()
         else:
+            if path.name == "amx.cpp" and name in ("sys/syscall.h", "unistd.h"):
+                continue  # it asks the system for leave
             assert "/" not in name, f"{path.name} includes {name}"
-            assert name in ("cpuid.h", "cuda_runtime.h", "emmintrin.h", "immintrin.h", "stdint.h") or not name.endswith(
-                ".h"
-            )
+            allowed = ("cpuid.h", "cuda_runtime.h", "emmintrin.h", "immintrin.h", "stdint.h")
+            assert name in allowed or not name.endswith(".h")
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
