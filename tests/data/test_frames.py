@@ -1,5 +1,7 @@
 """Frames that are neither shown nor referred to are left out, and what is shown stays the same, bit for bit."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
@@ -66,6 +68,24 @@ def test_a_video_shorter_than_its_clip_counts_the_frames_left_out(make_video, re
     path = str(make_video("a.mp4", 21, options={"bf": "3", "b_strategy": "0"}))
     clip = load_clip(path, ClipSpec(8, (48, 64), 4, min_frames=21), FixedPlacement(0.0))
     assert read_numbers(clip.pixels) == [0, 4, 8, 12, 16, 20, 20, 20]
+
+
+def test_a_frame_left_out_at_the_end_shows_until_when_the_one_before_it_was_there(
+    make_video, read_numbers, monkeypatch
+):
+    times = [*range(0, 400, 20), 2400]  # ms; the last frame but one stays for two seconds
+    path = str(make_video("v.mkv", 21, times=times, time_base=Fraction(1, 1000), options={"bf": "2"}))
+    told = VideoFile.disposable
+    monkeypatch.setattr(
+        VideoFile, "disposable", lambda self, packet: self.seconds(packet.pts) > 2 or told(self, packet)
+    )
+    spec = ClipSpec(5, (48, 64), 4, fps=5)
+    clip = load_clip(path, spec, FixedPlacement(1.0))
+    assert read_numbers(clip.pixels) == [19] * 5
+    with VideoFile(Deadline(path, 30.0)) as video:
+        frames = ShownFrames(video, [1.0, 2.3])
+        assert round(max(shown.time for shown in frames), 2) == 0.38
+        assert round(frames.left_out, 2) == 2.4
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.avi", "a.h264"])

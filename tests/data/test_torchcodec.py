@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa.data import ClipError, ClipLoader, ClipTimeout, DataConfig, DataError, read_clip
+from vjepa.data import ClipError, ClipLoader, ClipTimeout, DataConfig, DataError, iterate_clips, read_clip
 from vjepa.data.clip import ClipSpec, FixedPlacement, RandomPlacement, load_clip
 from vjepa.data.torchcodec_frames import TensorWriter, check_decoder, video_decoder
 from vjepa.data.transform import Crop
@@ -93,6 +93,8 @@ def test_unknown_decoders_and_settings_are_refused(make_video):
         DataConfig("x", decoder="decord")
     with pytest.raises(ValueError, match="needs start_method 'forkserver' or 'spawn', got 'fork'"):
         DataConfig("x", decoder="torchcodec:cuda", start_method="fork")
+    with pytest.raises(ValueError, match="needs start_method 'forkserver' or 'spawn', got 'fork'"):
+        iterate_clips([], 4, 16, decoder="torchcodec:cuda", start_method="fork")
 
 
 def test_writer_crops_resizes_and_flips():

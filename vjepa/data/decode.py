@@ -90,7 +90,7 @@ def _write(first: Shown, frames: AllFrames, times: Sequence[float], writer: Fram
         if stop == len(times):
             return Reached(True, following.time, frames.count - 1)
         shown, done = following, stop
-    end = frames.following or shown.time + 1 / video.info.rate
+    end = frames.following or max(shown.time, frames.left_out) + 1 / video.info.rate
     _write_one(shown, done, len(times), writer, video)
     return Reached(times[-1] < end, end, frames.count)
 

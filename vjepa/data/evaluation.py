@@ -113,6 +113,8 @@ def iterate_clips(
         raise ValueError(f"views must be 1 or 3, got {views}")
     if segments < 1:
         raise ValueError(f"segments must be at least 1, got {segments}")
+    if decoder == "torchcodec:cuda" and start_method == "fork" and num_workers:
+        raise ValueError("decoder torchcodec:cuda needs start_method 'forkserver' or 'spawn', got 'fork'")
     check_decoder(decoder)
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     spec = ClipSpec(num_frames, size, frame_stride, fps, channels, min_frames, "pad", timeout, tensor_fps, decoder)

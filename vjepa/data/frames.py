@@ -41,10 +41,11 @@ class AllFrames(Iterator[Shown]):
     Attributes:
         count: frames passed so far, whether they were decoded or left out.
         following: when the frame after the last one appears, where iteration ended before the file did; else None.
+        left_out: when the last frame that was left out appears; minus infinity if none was.
     """
 
     def __init__(self, video: VideoFile):
-        self.video, self.count = video, 0
+        self.video, self.count, self.left_out = video, 0, -inf
         self.following: float | None = None
         self._frames = self._decode()
 
@@ -149,4 +150,5 @@ class ShownFrames(AllFrames):
         if bisect_left(self._wanted, time) < bisect_left(self._wanted, until):  # time <= t < until for some wanted t
             return True
         self.count += 1
+        self.left_out = max(self.left_out, time)
         return False
