@@ -102,15 +102,17 @@ int32_t check_tensors(const AttentionCall &call, bool backward) {
 
 const AttentionCodes *codes_of(const vjepa_attention &about) {
 #if defined(VJEPA_HAS_AVX512)
-  if (about.dtype == VJEPA_FLOAT32) return &kAttentionFloat32;
+  const bool wide = about.dtype == VJEPA_FLOAT32;
+#if defined(VJEPA_HAS_AMX) && defined(VJEPA_HAS_AVX512_BF16)
+  if (about.instructions & VJEPA_AMX_BF16) return wide ? &kAttentionTripleTiles : &kAttentionTiles;
+#endif
 #if defined(VJEPA_HAS_AVX512_BF16)
-#if defined(VJEPA_HAS_AMX)
-  if (about.instructions & VJEPA_AMX_BF16) return &kAttentionTiles;
+  if (about.instructions & VJEPA_AMX_IN_SOFTWARE) {
+    return wide ? &kAttentionTripleTilesInSoftware : &kAttentionTilesInSoftware;
+  }
+  if (!wide && about.instructions & VJEPA_AVX512_BF16) return &kAttentionBfloat16;
 #endif
-  if (about.instructions & VJEPA_AMX_IN_SOFTWARE) return &kAttentionTilesInSoftware;
-  if (about.instructions & VJEPA_AVX512_BF16) return &kAttentionBfloat16;
-#endif
-  return &kAttentionWidened;
+  return wide ? &kAttentionFloat32 : &kAttentionWidened;
 #else
   (void)about;
   return nullptr;

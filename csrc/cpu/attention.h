@@ -41,11 +41,13 @@ struct AttentionCodes {
   AttentionCode forward, backward;
 };
 
-extern const AttentionCodes kAttentionFloat32;   // float32 tensors, float32 products
-extern const AttentionCodes kAttentionWidened;   // bfloat16 tensors, float32 products
-extern const AttentionCodes kAttentionBfloat16;  // bfloat16 tensors, bfloat16 products
-extern const AttentionCodes kAttentionTiles;     // the same by the tiles of AMX
+extern const AttentionCodes kAttentionFloat32;      // float32 tensors, float32 products
+extern const AttentionCodes kAttentionWidened;      // bfloat16 tensors, float32 products
+extern const AttentionCodes kAttentionBfloat16;     // bfloat16 tensors, bfloat16 products
+extern const AttentionCodes kAttentionTiles;        // the same by the tiles of AMX
+extern const AttentionCodes kAttentionTripleTiles;  // float32 tensors and as exact products, by tiles
 extern const AttentionCodes kAttentionTilesInSoftware;
+extern const AttentionCodes kAttentionTripleTilesInSoftware;
 constexpr int64_t kAttentionQueries = 96;  // queries that go through all keys together in the forward pass
 
 }  // namespace vjepa

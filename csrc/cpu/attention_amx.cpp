@@ -1,4 +1,4 @@
-// Attention with products in bfloat16 by the tiles of AMX, and by tiles in software.
+// Attention with products by the tiles of AMX, and by tiles in software.
 #include "amx.h"
 #include "attention.h"
 
@@ -11,17 +11,19 @@
 namespace vjepa {
 namespace {
 
-template <class M>
+template <class T, class M>
 constexpr AttentionCodes codes() {
-  return {{forward_bytes<M>, forward_piece<bfloat16, M>}, {backward_bytes<M>, backward_piece<bfloat16, M>}};
+  return {{forward_bytes<M>, forward_piece<T, M>}, {backward_bytes<M>, backward_piece<T, M>}};
 }
 
 }  // namespace
 
 #if defined(VJEPA_HAS_AMX)
-const AttentionCodes kAttentionTiles = codes<Tiled<Tiles>>();
+const AttentionCodes kAttentionTiles = codes<bfloat16, Tiled<Tiles, Pairs>>();
+const AttentionCodes kAttentionTripleTiles = codes<float, Tiled<Tiles, Triples>>();
 #endif
-const AttentionCodes kAttentionTilesInSoftware = codes<Tiled<TilesInSoftware>>();
+const AttentionCodes kAttentionTilesInSoftware = codes<bfloat16, Tiled<TilesInSoftware, Pairs>>();
+const AttentionCodes kAttentionTripleTilesInSoftware = codes<float, Tiled<TilesInSoftware, Triples>>();
 
 }  // namespace vjepa
 #endif

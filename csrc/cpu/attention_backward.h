@@ -19,34 +19,36 @@ constexpr float kNoQuery = 1e30f;  // log-sum-exp of a column without a query: i
 
 template <class M>
 struct BackwardScratch {
-  static constexpr int64_t kStride = M::kBackQueries / M::kElements + kLine;  // of rows of weights, see kStride
-  static constexpr int64_t kAcrossStride = M::kElements == 1 ? kStride : M::kBackQueries;
-  float *keys, *values, *key_features;         // [keys][units] twice, [features][key_stride]
+  static constexpr int64_t kPlane = M::kBackQueries / M::kElements;  // units of a plane of weights
+  static constexpr int64_t kStride = kPlane * M::kPlanes + kLine;    // of their rows, see Blocks::kStride
+  static constexpr int64_t kAcrossStride = M::kElements == 1 ? kStride : M::kBackQueries * M::kPlanes;
+  // Rows of one plane have these shapes, of several they lie side by side.
+  float *keys, *values, *key_features;         // [keys][units] twice, [features][key_units]
   float *grad_k, *grad_v;                      // [keys][columns]
   float *query_panels, *grad_panels;           // panels [units][64] of a block of queries
   float *query_across, *grad_across;           // [query units][columns]
   float *weights, *grad_scores, *across_keys;  // [kBackKeys][kStride] twice, [key units][kAcrossStride]
   float *grad_q;                               // [features][kBackQueries]
   float *scores, *products, *lse, *delta;      // [kGroup][kPanel] twice, [kBackQueries] twice
-  int64_t key_stride;
+  int64_t key_units;
   size_t bytes;
   BackwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
     const int64_t units = units_of<M>(head_dim), columns = up_to(head_dim, kLine);
-    key_stride = up_to((num_keys + M::kElements - 1) / M::kElements, kLine);
+    key_units = up_to((num_keys + M::kElements - 1) / M::kElements, kLine);
     Carver carver(block);
-    const int64_t rows = up_to(num_keys, M::kGroup), pairs = M::kBackQueries / M::kElements;
-    keys = carver.take(rows * units);
-    values = carver.take(rows * units);
-    key_features = carver.take(columns * key_stride);
+    const int64_t rows = up_to(num_keys, M::kGroup), planes = M::kPlanes;
+    keys = carver.take(rows * units * planes);
+    values = carver.take(rows * units * planes);
+    key_features = carver.take(columns * key_units * planes);
     grad_k = carver.take(rows * columns);
     grad_v = carver.take(rows * columns);
-    query_panels = carver.take(M::kBackQueries * units);
-    grad_panels = carver.take(M::kBackQueries * units);
-    query_across = carver.take(pairs * columns);
-    grad_across = carver.take(pairs * columns);
+    query_panels = carver.take(M::kBackQueries * units * planes);
+    grad_panels = carver.take(M::kBackQueries * units * planes);
+    query_across = carver.take(kPlane * columns * planes);
+    grad_across = carver.take(kPlane * columns * planes);
     weights = carver.take(M::kBackKeys * kStride);
     grad_scores = carver.take(M::kBackKeys * kStride);
-    across_keys = M::kElements == 1 ? grad_scores : carver.take(M::kBackKeys / M::kElements * M::kBackQueries);
+    across_keys = M::kElements == 1 ? grad_scores : carver.take(M::kBackKeys / M::kElements * kAcrossStride);
     grad_q = carver.take(columns * M::kBackQueries);
     scores = carver.take(M::kGroup * kPanel);
     products = carver.take(M::kGroup * kPanel);
@@ -60,6 +62,7 @@ struct BackwardScratch {
 template <class M>
 VJEPA_AVX void weights_of(const BackwardScratch<M> &scratch, int64_t first_key, int64_t keys, int64_t first_query,
                           int64_t lines, float factor) {
+  constexpr int64_t plane = BackwardScratch<M>::kPlane;
   const __m512 times = _mm512_set1_ps(factor);
   for (int64_t r = 0; r < M::kGroup; ++r) {
     const int64_t at = (first_key + r) * BackwardScratch<M>::kStride + first_query / M::kElements;
@@ -76,8 +79,8 @@ VJEPA_AVX void weights_of(const BackwardScratch<M> &scratch, int64_t first_key, 
             _mm512_mul_ps(p[half], _mm512_sub_ps(product, _mm512_loadu_ps(scratch.delta + first_query + column)));
         if (r >= keys) p[half] = ds[half] = _mm512_setzero_ps();
       }
-      M::store(scratch.weights + at, chunk, p[0], p[1]);
-      M::store(scratch.grad_scores + at, chunk, ds[0], ds[1]);
+      M::store(scratch.weights + at, plane, chunk, p[0], p[1]);
+      M::store(scratch.grad_scores + at, plane, chunk, ds[0], ds[1]);
     }
   }
 }
@@ -89,10 +92,12 @@ VJEPA_AVX void pair_keys(const BackwardScratch<M> &scratch, int64_t keys, int64_
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
   const __m512i low = _mm512_load_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t key = 0; key < keys; key += 2) {
-    const float *even = scratch.grad_scores + key * BackwardScratch<M>::kStride;
-    const float *odd = even + BackwardScratch<M>::kStride;
-    float *out = scratch.across_keys + key / 2 * M::kBackQueries;
+  using Scratch = BackwardScratch<M>;
+  for (int64_t at = 0; at < keys * M::kPlanes; at += 2) {
+    const int64_t key = at / (2 * M::kPlanes) * 2, plane = at / 2 % M::kPlanes;
+    const float *even = scratch.grad_scores + key * Scratch::kStride + plane * Scratch::kPlane;
+    const float *odd = even + Scratch::kStride;
+    float *out = scratch.across_keys + key / 2 * Scratch::kAcrossStride + plane * M::kBackQueries;
     for (int64_t query = 0; query < queries; query += 32) {
       const __m512i a = _mm512_loadu_si512(even + query / 2), b = _mm512_loadu_si512(odd + query / 2);
       _mm512_storeu_si512(out + query, _mm512_permutex2var_epi16(a, low, b));
@@ -120,16 +125,20 @@ VJEPA_AVX void read_sums(const BackwardScratch<M> &scratch, const Rows<T> &out, 
 template <Start OfKeys, Start OfQueries, class M>
 VJEPA_AVX void add_products(M &matrix, const BackwardScratch<M> &scratch, int64_t first_key, int64_t keys,
                             int64_t queries, int64_t head_dim) {
-  constexpr int64_t stride = BackwardScratch<M>::kStride;
+  using Scratch = BackwardScratch<M>;
   const int64_t columns = up_to(head_dim, kLine), lines = columns / kLine, rows = up_to(keys, M::kAcross);
   const int64_t query_units = units_of<M>(queries), at = first_key * columns;
-  multiply<OfKeys>(matrix, rows, lines, scratch.weights, stride, scratch.grad_across, columns, query_units,
+  const auto across = [&](const float *from) { return Operand{from, columns * M::kPlanes, columns}; };
+  const auto rows_of_weights = [&](const float *from) { return Operand{from, Scratch::kStride, Scratch::kPlane}; };
+  const Operand features = {scratch.key_features + first_key / M::kElements, scratch.key_units * M::kPlanes,
+                            scratch.key_units};
+  const Operand grad_scores = {scratch.across_keys, Scratch::kAcrossStride, M::kBackQueries};
+  multiply<OfKeys>(matrix, rows, lines, rows_of_weights(scratch.weights), across(scratch.grad_across), query_units,
                    scratch.grad_v + at, columns);
-  multiply<OfKeys>(matrix, rows, lines, scratch.grad_scores, stride, scratch.query_across, columns, query_units,
+  multiply<OfKeys>(matrix, rows, lines, rows_of_weights(scratch.grad_scores), across(scratch.query_across), query_units,
                    scratch.grad_k + at, columns);
-  multiply<OfQueries, kTall>(matrix, up_to(head_dim, up_to(kTall, M::kAlong)), up_to(queries, kLine) / kLine,
-                             scratch.key_features + first_key / M::kElements, scratch.key_stride, scratch.across_keys,
-                             BackwardScratch<M>::kAcrossStride, units_of<M>(keys), scratch.grad_q, M::kBackQueries);
+  multiply<OfQueries, kTall>(matrix, up_to(head_dim, up_to(kTall, M::kAlong)), up_to(queries, kLine) / kLine, features,
+                             grad_scores, units_of<M>(keys), scratch.grad_q, M::kBackQueries);
 }
 
 template <class T, class M>
@@ -144,12 +153,18 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
     const T *data = static_cast<const T *>(from.data) + first * from.token_stride + piece.head * from.head_stride;
     return Rows<T>{data, from.token_stride, count, width};
   };
+  const auto rows_at = [&](const float *from, int64_t row) {
+    return Operand{from + row * units * M::kPlanes, units * M::kPlanes, units};
+  };
+  const auto panel_at = [&](const float *from, int64_t query) {
+    return Operand{from + query * units * M::kPlanes, kPanel * M::kPlanes, kPanel};
+  };
   const auto written = [&](int which, int64_t first) {
     return static_cast<T *>(call.written[which]) + first * row + piece.head * width;
   };
   pack_rows<M>(rows_of(call.k, piece.first_key, keys), up_to(keys, M::kGroup), units, scratch.keys);
   pack_rows<M>(rows_of(call.v, piece.first_key, keys), up_to(keys, M::kGroup), units, scratch.values);
-  pack_features<M>(rows_of(call.k, piece.first_key, keys), columns, scratch.key_stride, scratch.key_features);
+  pack_features<M>(rows_of(call.k, piece.first_key, keys), columns, scratch.key_units, scratch.key_features);
   if (piece.queries == 0) {  // nobody sees these keys
     std::fill_n(scratch.grad_k, keys * columns, 0.0f);
     std::fill_n(scratch.grad_v, keys * columns, 0.0f);
@@ -168,10 +183,10 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
       for (int64_t panel = 0; panel < padded; panel += kPanel) {
         const int64_t lines = up_to(std::min(kPanel, padded - panel), kLine) / kLine;
         for (int64_t r = 0; r < some; r += M::kGroup) {
-          multiply<Start::zero>(matrix, M::kGroup, lines, scratch.keys + (key + r) * units, units,
-                                scratch.query_panels + panel * units, kPanel, units, scratch.scores, kPanel);
-          multiply<Start::zero>(matrix, M::kGroup, lines, scratch.values + (key + r) * units, units,
-                                scratch.grad_panels + panel * units, kPanel, units, scratch.products, kPanel);
+          multiply<Start::zero>(matrix, M::kGroup, lines, rows_at(scratch.keys, key + r),
+                                panel_at(scratch.query_panels, panel), units, scratch.scores, kPanel);
+          multiply<Start::zero>(matrix, M::kGroup, lines, rows_at(scratch.values, key + r),
+                                panel_at(scratch.grad_panels, panel), units, scratch.products, kPanel);
           weights_of<M>(scratch, r, some - r, panel, lines, factor);
         }
       }

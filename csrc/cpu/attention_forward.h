@@ -20,17 +20,22 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 template <class M>
 struct ForwardScratch {
+  static constexpr int64_t kPlane = M::kKeys / M::kElements;  // units of a plane of weights
+  static constexpr int64_t kWeightStride = M::kPlanes == 1 ? M::kStride : kPlane * M::kPlanes + kLine;
+  // Rows of one plane have this shape, of several they lie side by side.
   float *keys, *values;            // panels [units][64], and [units][columns]
   float *queries, *scores, *sums;  // [kQueries][units], [kTogether][M::kStride], [kQueries][columns]
+  float *weights;                  // [kTogether][kWeightStride], in the place of the scores if there is one plane
   float *top, *total, *factors;    // [kQueries]: maximum and sum of a row up to now, and what rescales it
   size_t bytes;
   ForwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
     const int64_t units = units_of<M>(head_dim), columns = up_to(head_dim, kLine);
     Carver carver(block);
-    keys = carver.take(up_to(num_keys, kPanel) * units);
-    values = carver.take(units_of<M>(num_keys) * columns);
-    queries = carver.take(kQueries * units);
+    keys = carver.take(up_to(num_keys, kPanel) * units * M::kPlanes);
+    values = carver.take(units_of<M>(num_keys) * columns * M::kPlanes);
+    queries = carver.take(kQueries * units * M::kPlanes);
     scores = carver.take(M::kTogether * M::kStride);
+    weights = M::kPlanes == 1 ? scores : carver.take(M::kTogether * kWeightStride);
     sums = carver.take(kQueries * columns);
     top = carver.take(kQueries);
     total = carver.take(kQueries);
@@ -46,11 +51,11 @@ VJEPA_AVX_INLINE __m512 weight(__m512 score, __m512 highest, __m512 factor) {
   return M::exp(_mm512_mul_ps(_mm512_sub_ps(score, highest), factor));
 }
 
-// Turns `count` scores into exp(scale (score - top)), as units for the next product. `first`: nothing was summed
-// before.
+// The weights exp(scale (score - top)) of `count` scores, as units for the next product, also in place. `first`:
+// nothing was summed before.
 template <class M>
-VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor, float *top, float *total,
-                            float *rescale) {
+VJEPA_AVX void exponentials(const float *row, int64_t count, bool first, float factor, float *weights, int64_t plane,
+                            float *top, float *total, float *rescale) {
   __m512 high = _mm512_set1_ps(kLowest), high2 = high, high3 = high, high4 = high;  // apart: none waits for another
   int64_t j = 0;
   for (; j + 4 * kLine <= count; j += 4 * kLine) {
@@ -72,7 +77,7 @@ VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor,
     const __m512 b = weight<M>(_mm512_loadu_ps(row + 32 * chunk + 16), minus, times);
     sum = _mm512_add_ps(sum, a);
     sum2 = _mm512_add_ps(sum2, b);
-    M::store(row, chunk, a, b);
+    M::store(weights, plane, chunk, a, b);
   }
   if (const int64_t rest = count - 32 * chunk) {
     const __m512 x = _mm512_maskz_loadu_ps(mask_of(rest), row + 32 * chunk);
@@ -81,7 +86,7 @@ VJEPA_AVX void exponentials(float *row, int64_t count, bool first, float factor,
     const __m512 b = _mm512_maskz_mov_ps(mask_of(rest - 16), weight<M>(y, minus, times));
     sum = _mm512_add_ps(sum, a);
     sum2 = _mm512_add_ps(sum2, b);
-    M::store(row, chunk, a, b);
+    M::store(weights, plane, chunk, a, b);
   }
   *rescale = first ? 0.0f : _mm512_cvtss_f32(weight<M>(_mm512_set1_ps(*top), minus, times));
   *total = (first ? 0.0f : *total * *rescale) + _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
@@ -109,27 +114,29 @@ VJEPA_AVX void forward_piece(const AttentionCall &call, const AttentionPiece &pi
     std::fill_n(scratch.top, kQueries, kLowest);
     for (int64_t key = 0; key < piece.keys; key += M::kKeys) {
       const int64_t keys = std::min(M::kKeys, piece.keys - key);
-      const float *values = scratch.values + key / M::kElements * columns;
+      const Operand values = {scratch.values + key / M::kElements * columns * M::kPlanes, columns * M::kPlanes,
+                              columns};
+      const Operand weights = {scratch.weights, ForwardScratch<M>::kWeightStride, ForwardScratch<M>::kPlane};
       const int64_t key_units = units_of<M>(keys);
       for (int64_t first = 0; first < queries; first += M::kTogether) {
         const int64_t some = std::min(M::kTogether, queries - first), rows = up_to(some, M::kAcross);
         for (int64_t panel = 0; panel < keys; panel += kPanel) {
           const int64_t lines = up_to(std::min(kPanel, keys - panel), kLine) / kLine;
-          multiply<Start::zero>(matrix, rows, lines, scratch.queries + first * units, units,
-                                scratch.keys + (key + panel) * units, kPanel, units, scratch.scores + panel,
-                                M::kStride);
+          const Operand q = {scratch.queries + first * units * M::kPlanes, units * M::kPlanes, units};
+          const Operand k = {scratch.keys + (key + panel) * units * M::kPlanes, kPanel * M::kPlanes, kPanel};
+          multiply<Start::zero>(matrix, rows, lines, q, k, units, scratch.scores + panel, M::kStride);
         }
         for (int64_t r = 0; r < some; ++r) {
-          exponentials<M>(scratch.scores + r * M::kStride, keys, key == 0, factor, scratch.top + first + r,
-                          scratch.total + first + r, scratch.factors + first + r);
+          exponentials<M>(scratch.scores + r * M::kStride, keys, key == 0, factor, scratch.weights + r * weights.stride,
+                          weights.plane, scratch.top + first + r, scratch.total + first + r,
+                          scratch.factors + first + r);
         }
         float *sums = scratch.sums + first * columns;
         if (key == 0) {
-          multiply<Start::zero>(matrix, rows, columns / kLine, scratch.scores, M::kStride, values, columns, key_units,
-                                sums, columns);
+          multiply<Start::zero>(matrix, rows, columns / kLine, weights, values, key_units, sums, columns);
         } else {
-          multiply<Start::rescale>(matrix, rows, columns / kLine, scratch.scores, M::kStride, values, columns,
-                                   key_units, sums, columns, scratch.factors + first);
+          multiply<Start::rescale>(matrix, rows, columns / kLine, weights, values, key_units, sums, columns,
+                                   scratch.factors + first);
         }
       }
     }

@@ -47,32 +47,57 @@ VJEPA_AVX_INLINE void store_line(bfloat16 *to, __m512 values, int64_t rest) {
   _mm256_mask_storeu_epi16(to, mask_of(rest), _mm512_cvtepi32_epi16(kept));
 }
 
-// 16 units of a row along its features; of `rest` elements.
+// 16 units of a plane of a row along its features; of `rest` elements.
 template <class M>
-VJEPA_AVX_INLINE __m512 load_units(const float *from, int64_t rest) {
+VJEPA_AVX_INLINE __m512 load_units(const float *from, int64_t rest, int64_t plane) {
+#if defined(VJEPA_AVX_HAS_BF16)
+  if constexpr (M::kPlanes > 1) {
+    const __m512 low = load_line(from, rest), high = load_line(from + kLine, rest - kLine);
+    return _mm512_castsi512_ps(rounded(part(low, plane), part(high, plane)));
+  }
+#endif
+  (void)plane;
   return load_line(from, rest);
 }
+
 template <class M>
-VJEPA_AVX_INLINE __m512 load_units(const bfloat16 *from, int64_t rest) {
+VJEPA_AVX_INLINE __m512 load_units(const bfloat16 *from, int64_t rest, int64_t) {
   if constexpr (M::kElements == 1) return load_line(from, rest);
   const __mmask32 mask = rest >= 32 ? 0xffffffffu : rest <= 0 ? 0u : (1u << rest) - 1;
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, from));
 }
 
-// Rows r and, if units are pairs, r + 1: 16 columns of units along the rows.
+// Rows r and r + 1 of a plane as pairs, 16 columns of them; a row that is not `there` is 0.
+template <class M>
+VJEPA_AVX_INLINE __m512 pair_rows(const bfloat16 *from, int64_t stride, int64_t rest, int there, int64_t) {
+  __m512i units = _mm512_setzero_si512();
+  if (there > 0) units = load_halves(from, rest);
+  if (there > 1) units = _mm512_or_si512(units, _mm512_slli_epi32(load_halves(from + stride, rest), 16));
+  return _mm512_castsi512_ps(units);
+}
+#if defined(VJEPA_AVX_HAS_BF16)
+template <class M>
+VJEPA_AVX_INLINE __m512 pair_rows(const float *from, int64_t stride, int64_t rest, int there, int64_t plane) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 first = there > 0 ? load_line(from, rest) : zero,
+               second = there > 1 ? load_line(from + stride, rest) : zero;
+  const __m512i both = rounded(part(first, plane), part(second, plane));  // the one row, then the other
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
+// Rows r and, if units are pairs, r + 1: 16 columns of units of a plane along the rows.
 template <class M, class T>
-VJEPA_AVX_INLINE __m512 load_across(const Rows<T> &rows, int64_t r, int64_t column) {
+VJEPA_AVX_INLINE __m512 load_across(const Rows<T> &rows, int64_t r, int64_t column, int64_t plane) {
   const int64_t rest = rows.width - column;
   const T *from = rows.first + r * rows.stride + column;
   if constexpr (M::kElements == 1) {
+    (void)plane;
     return r < rows.count ? load_line(from, rest) : _mm512_setzero_ps();
   } else {
-    __m512i units = _mm512_setzero_si512();
-    if (r < rows.count) units = load_halves(from, rest);
-    if (r + 1 < rows.count) {
-      units = _mm512_or_si512(units, _mm512_slli_epi32(load_halves(from + rows.stride, rest), 16));
-    }
-    return _mm512_castsi512_ps(units);
+    return pair_rows<M>(from, rows.stride, rest, r + 1 < rows.count ? 2 : r < rows.count ? 1 : 0, plane);
   }
 }
 
@@ -108,67 +133,74 @@ VJEPA_AVX_INLINE void transpose(__m512 (&rows)[16]) {
 // An operand a: `padded` rows of `units` units along the features.
 template <class M, class T>
 VJEPA_AVX void pack_rows(const Rows<T> &rows, int64_t padded, int64_t units, float *to) {
-  for (int64_t r = 0; r < padded; ++r, to += units) {
-    for (int64_t u = 0; u < units; u += kLine) {
-      const int64_t column = u * M::kElements;
-      const __m512 line = r < rows.count ? load_units<M>(rows.first + r * rows.stride + column, rows.width - column)
-                                         : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(to + u, mask_of(units - u), line);
+  for (int64_t r = 0; r < padded; ++r) {
+    for (int64_t plane = 0; plane < M::kPlanes; ++plane, to += units) {
+      for (int64_t u = 0; u < units; u += kLine) {
+        const int64_t column = u * M::kElements;
+        const T *from = rows.first + r * rows.stride + column;
+        const __m512 line = r < rows.count ? load_units<M>(from, rows.width - column, plane) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(to + u, mask_of(units - u), line);
+      }
     }
   }
 }
 
-// An operand b, a column for each of `padded` rows and units along the features: panels [units][kPanel]; of the last
+// An operand b, a column for each of `padded` rows and units along the features: panels of rows of kPanel; of the last
 // one the registers that have a row.
 template <class M, class T>
 VJEPA_AVX void pack_panels(const Rows<T> &rows, int64_t padded, int64_t units, float *to) {
+  constexpr int64_t stride = kPanel * M::kPlanes;
   for (int64_t first = 0; first < padded; first += kLine) {
-    float *panel = to + first / kPanel * units * kPanel + first % kPanel;
-    for (int64_t u = 0; u < units; u += kLine) {
-      const int64_t column = u * M::kElements;
-      __m512 lines[16];
+    float *panel = to + first / kPanel * units * stride + first % kPanel;
+    for (int64_t plane = 0; plane < M::kPlanes; ++plane, panel += kPanel) {
+      for (int64_t u = 0; u < units; u += kLine) {
+        const int64_t column = u * M::kElements;
+        __m512 lines[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        lines[i] = first + i < rows.count
-                       ? load_units<M>(rows.first + (first + i) * rows.stride + column, rows.width - column)
-                       : _mm512_setzero_ps();
-      }
-      transpose(lines);
-      float *out = panel + u * kPanel;
-      if (units - u >= kLine) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * kPanel, lines[i]);
-      } else {
         for (int i = 0; i < 16; ++i) {
-          if (u + i < units) _mm512_storeu_ps(out + i * kPanel, lines[i]);
+          const T *from = rows.first + (first + i) * rows.stride + column;
+          lines[i] = first + i < rows.count ? load_units<M>(from, rows.width - column, plane) : _mm512_setzero_ps();
+        }
+        transpose(lines);
+        float *out = panel + u * stride;
+        if (units - u >= kLine) {
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * stride, lines[i]);
+        } else {
+          for (int i = 0; i < 16; ++i) {
+            if (u + i < units) _mm512_storeu_ps(out + i * stride, lines[i]);
+          }
         }
       }
     }
   }
 }
 
-// An operand b, a column for each feature and units along `padded` rows: [units][columns].
+// An operand b, a column for each feature and units along `padded` rows: rows of `columns`.
 template <class M, class T>
 VJEPA_AVX void pack_across(const Rows<T> &rows, int64_t padded, int64_t columns, float *to) {
-  for (int64_t r = 0; r < padded; r += M::kElements, to += columns) {
-    for (int64_t column = 0; column < columns; column += kLine) {
-      _mm512_storeu_ps(to + column, load_across<M>(rows, r, column));
+  for (int64_t r = 0; r < padded; r += M::kElements) {
+    for (int64_t plane = 0; plane < M::kPlanes; ++plane, to += columns) {
+      for (int64_t column = 0; column < columns; column += kLine) {
+        _mm512_storeu_ps(to + column, load_across<M>(rows, r, column, plane));
+      }
     }
   }
 }
 
-// An operand a: a row for each feature, `columns` of them, and units along the rows, `stride` of them, a multiple
-// of 16.
+// An operand a: a row for each feature, `columns` of them, and `count` units along the rows, a multiple of 16.
 template <class M, class T>
-VJEPA_AVX void pack_features(const Rows<T> &rows, int64_t columns, int64_t stride, float *to) {
-  for (int64_t u = 0; u < stride; u += kLine) {
-    for (int64_t column = 0; column < columns; column += kLine) {
-      __m512 lines[16];
+VJEPA_AVX void pack_features(const Rows<T> &rows, int64_t columns, int64_t count, float *to) {
+  for (int64_t plane = 0; plane < M::kPlanes; ++plane, to += count) {
+    for (int64_t u = 0; u < count; u += kLine) {
+      for (int64_t column = 0; column < columns; column += kLine) {
+        __m512 lines[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) lines[i] = load_across<M>(rows, (u + i) * M::kElements, column);
-      transpose(lines);
+        for (int i = 0; i < 16; ++i) lines[i] = load_across<M>(rows, (u + i) * M::kElements, column, plane);
+        transpose(lines);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + (column + i) * stride + u, lines[i]);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + (column + i) * count * M::kPlanes + u, lines[i]);
+      }
     }
   }
 }

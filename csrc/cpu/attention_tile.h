@@ -5,7 +5,8 @@
 //
 //     out[r][c] = sum_u a[r][u] . b[u][c]
 //
-// Units are kept in arrays of float whatever they are.
+// Units are kept in arrays of float whatever they are. A float32 may also be three bfloat16 that add up to it
+// (Triples): then an operand has three planes of pairs, in each row one beside the other.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)  // GCC's own intrinsics begin with what is undefined, and it warns of it
@@ -31,6 +32,7 @@ constexpr int64_t kTall = 8;    // rows where they are the features of a head, m
 
 // How operands are padded with zeros, and in which blocks the passes work, unless a kind of product says otherwise.
 struct Blocks {
+  static constexpr int64_t kPlanes = 1;              // of an operand
   static constexpr int64_t kAlong = 1;               // units of a sum are a multiple of that
   static constexpr int64_t kAcross = kRows;          // rows of an operand a are
   static constexpr int64_t kTogether = 24;           // queries whose scores are there at the same time, forward
@@ -75,8 +77,8 @@ struct Single : Blocks {
     return _mm512_scalef_ps(power, whole);
   }
 
-  // Elements 32 j .. 32 j + 31 of a row of units.
-  VJEPA_AVX_INLINE static void store(float *row, int64_t j, __m512 low, __m512 high) {
+  // Elements 32 j .. 32 j + 31 of a row of units, of which each plane is `plane` after the one before.
+  VJEPA_AVX_INLINE static void store(float *row, int64_t, int64_t j, __m512 low, __m512 high) {
     _mm512_storeu_ps(row + 32 * j, low);
     _mm512_storeu_ps(row + 32 * j + 16, high);
   }
@@ -102,11 +104,51 @@ struct Pairs : Blocks {
     return _mm512_scalef_ps(power, x);  // it takes what is below x
   }
 
-  VJEPA_AVX_INLINE static void store(float *row, int64_t j, __m512 low, __m512 high) {
+  VJEPA_AVX_INLINE static void store(float *row, int64_t, int64_t j, __m512 low, __m512 high) {
     _mm512_storeu_si512(row + 16 * j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 };
 #endif
+
+#if defined(VJEPA_AVX_HAS_BF16)
+// What is left of x when the first `Parts` bfloat16 of it are taken away, each the one nearest to what was left before.
+template <int Parts>
+VJEPA_AVX_INLINE __m512 without(__m512 x) {
+  if constexpr (Parts > 0) {
+    x = without<Parts - 1>(x);
+    const __m256i top = (__m256i)_mm512_cvtneps_pbh(x);
+    x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(top), 16)));
+  }
+  return x;
+}
+VJEPA_AVX_INLINE __m512 part(__m512 x, int64_t plane) {
+  return plane == 0 ? x : plane == 1 ? without<1>(x) : without<2>(x);
+}
+VJEPA_AVX_INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+// float32 as three bfloat16. Of the nine products of the parts of two numbers the three smallest are left out, which
+// together are below 2^-25 of the whole.
+struct Triples : Blocks {
+  static constexpr int64_t kElements = 2;
+  static constexpr int64_t kPlanes = 3;
+  static constexpr double kExponent = Single::kExponent;
+  VJEPA_AVX_INLINE static __m512 exp(__m512 x) { return Single::exp(x); }
+  VJEPA_AVX_INLINE static void store(float *row, int64_t plane, int64_t j, __m512 low, __m512 high) {
+    _mm512_storeu_si512(row + 16 * j, rounded(low, high));
+    low = without<1>(low), high = without<1>(high);
+    _mm512_storeu_si512(row + plane + 16 * j, rounded(low, high));
+    low = without<1>(low), high = without<1>(high);
+    _mm512_storeu_si512(row + 2 * plane + 16 * j, rounded(low, high));
+  }
+};
+#endif
+
+// An operand of a product: where it begins, units from row to row, and from plane to plane.
+struct Operand {
+  const float *data;
+  int64_t stride;
+  int64_t plane;
+};
 
 enum class Start { zero, add, rescale };  // out is overwritten, added to, or multiplied by a factor for each row first
 
@@ -174,12 +216,11 @@ VJEPA_AVX void tiles_of(int64_t lines, const float *a, int64_t a_stride, const f
 
 // The same for a number of rows, which go through in groups of Rows.
 template <Start S, int Rows = kRows, class M>
-VJEPA_AVX void multiply(M &, int64_t rows, int64_t lines, const float *a, int64_t a_stride, const float *b,
-                        int64_t b_stride, int64_t units, float *out, int64_t out_stride,
-                        const float *factors = nullptr) {
+VJEPA_AVX void multiply(M &, int64_t rows, int64_t lines, const Operand &a, const Operand &b, int64_t units, float *out,
+                        int64_t out_stride, const float *factors = nullptr) {
   for (int64_t r = 0; r < rows; r += Rows) {
-    tiles_of<M, Rows, S>(lines, a + r * a_stride, a_stride, b, b_stride, units, out + r * out_stride, out_stride,
-                         factors ? factors + r : nullptr);
+    tiles_of<M, Rows, S>(lines, a.data + r * a.stride, a.stride, b.data, b.stride, units, out + r * out_stride,
+                         out_stride, factors ? factors + r : nullptr);
   }
 }
 

@@ -33,14 +33,18 @@ KINDS = [
     pytest.param((torch.bfloat16, AVX512), id="bfloat16, float32 products"),
     pytest.param((torch.bfloat16, AVX512 | NARROW), id="bfloat16", marks=lacks(NARROW, "products of bfloat16")),
     pytest.param((torch.bfloat16, AVX512 | NARROW | TILES), id="bfloat16, tiles", marks=lacks(TILES, "tiles")),
+    pytest.param((torch.float32, AVX512 | NARROW | TILES), id="float32, tiles", marks=lacks(TILES, "tiles")),
 ]
 # Slower by orders of magnitude, so that only small problems are given to them.
 AND_SOFTWARE = [
     *KINDS,
-    pytest.param(
-        (torch.bfloat16, AVX512 | NARROW | IN_SOFTWARE),
-        id="bfloat16, tiles in software",
-        marks=lacks(NARROW, "products of bfloat16"),
+    *(
+        pytest.param(
+            (dtype, AVX512 | NARROW | IN_SOFTWARE),
+            id=f"{dtype}, tiles in software".removeprefix("torch."),
+            marks=lacks(NARROW, "products of bfloat16"),
+        )
+        for dtype in (torch.bfloat16, torch.float32)
     ),
 ]
 HEAD_DIMS = (1, 2, 3, 15, 16, 17, 24, 31, 32, 33, 48, 50, 64, 80, 96, 127, 192, 255, 256)
@@ -199,10 +203,11 @@ def test_keys_that_nobody_sees_have_no_gradient(kind):
 
 
 @lacks(TILES, "tiles")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("lengths", [(1,), (130, 33)], ids=str)
-def test_tiles_in_software_compute_what_the_processor_does(lengths):
+def test_tiles_in_software_compute_what_the_processor_does(lengths, dtype):
     torch.manual_seed(1)
-    inputs = problem(lengths, 2, 40, torch.bfloat16)
+    inputs = problem(lengths, 2, 40, dtype)
     hard, soft = (both(*inputs, 0.2, AVX512 | NARROW | which) for which in (TILES, IN_SOFTWARE))
     assert all(map(torch.equal, hard, soft))
 
