@@ -19,27 +19,27 @@ constexpr float kNoQuery = 1e30f;  // log-sum-exp of a column without a query: i
 
 template <class M>
 struct BackwardScratch {
+  static constexpr int64_t kKeyUnits = M::kBackKeys / M::kElements;
   static constexpr int64_t kPlane = M::kBackQueries / M::kElements;  // units of a plane of weights
   static constexpr int64_t kStride = kPlane * M::kPlanes + kLine;    // of their rows, see Blocks::kStride
-  static constexpr int64_t kAcrossStride = M::kElements == 1 ? kStride : M::kBackQueries * M::kPlanes;
+  static constexpr int64_t kAcrossStride = M::kElements == 1 ? kStride : M::kBackQueries * M::kPlanes + kLine;
+  static constexpr int64_t kQueryStride = M::kBackQueries + kLine;  // of rows of grad_q
   // Rows of one plane have these shapes, of several they lie side by side.
-  float *keys, *values, *key_features;         // [keys][units] twice, [features][key_units]
+  float *keys, *values, *key_features;         // [keys][units] twice, blocks [features][kKeyUnits]
   float *grad_k, *grad_v;                      // [keys][columns]
   float *query_panels, *grad_panels;           // panels [units][64] of a block of queries
   float *query_across, *grad_across;           // [query units][columns]
   float *weights, *grad_scores, *across_keys;  // [kBackKeys][kStride] twice, [key units][kAcrossStride]
-  float *grad_q;                               // [features][kBackQueries]
+  float *grad_q;                               // [features][kQueryStride]
   float *scores, *products, *lse, *delta;      // [kGroup][kPanel] twice, [kBackQueries] twice
-  int64_t key_units;
   size_t bytes;
   BackwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
     const int64_t units = units_of<M>(head_dim), columns = up_to(head_dim, kLine);
-    key_units = up_to((num_keys + M::kElements - 1) / M::kElements, kLine);
     Carver carver(block);
     const int64_t rows = up_to(num_keys, M::kGroup), planes = M::kPlanes;
     keys = carver.take(rows * units * planes);
     values = carver.take(rows * units * planes);
-    key_features = carver.take(columns * key_units * planes);
+    key_features = carver.take(up_to(num_keys, M::kBackKeys) / M::kElements * columns * planes);
     grad_k = carver.take(rows * columns);
     grad_v = carver.take(rows * columns);
     query_panels = carver.take(M::kBackQueries * units * planes);
@@ -49,7 +49,7 @@ struct BackwardScratch {
     weights = carver.take(M::kBackKeys * kStride);
     grad_scores = carver.take(M::kBackKeys * kStride);
     across_keys = M::kElements == 1 ? grad_scores : carver.take(M::kBackKeys / M::kElements * kAcrossStride);
-    grad_q = carver.take(columns * M::kBackQueries);
+    grad_q = carver.take(columns * kQueryStride);
     scores = carver.take(M::kGroup * kPanel);
     products = carver.take(M::kGroup * kPanel);
     lse = carver.take(M::kBackQueries);
@@ -130,15 +130,15 @@ VJEPA_AVX void add_products(M &matrix, const BackwardScratch<M> &scratch, int64_
   const int64_t query_units = units_of<M>(queries), at = first_key * columns;
   const auto across = [&](const float *from) { return Operand{from, columns * M::kPlanes, columns}; };
   const auto rows_of_weights = [&](const float *from) { return Operand{from, Scratch::kStride, Scratch::kPlane}; };
-  const Operand features = {scratch.key_features + first_key / M::kElements, scratch.key_units * M::kPlanes,
-                            scratch.key_units};
+  const Operand features = {scratch.key_features + first_key / M::kElements * columns * M::kPlanes,
+                            Scratch::kKeyUnits * M::kPlanes, Scratch::kKeyUnits};
   const Operand grad_scores = {scratch.across_keys, Scratch::kAcrossStride, M::kBackQueries};
   multiply<OfKeys>(matrix, rows, lines, rows_of_weights(scratch.weights), across(scratch.grad_across), query_units,
                    scratch.grad_v + at, columns);
   multiply<OfKeys>(matrix, rows, lines, rows_of_weights(scratch.grad_scores), across(scratch.query_across), query_units,
                    scratch.grad_k + at, columns);
   multiply<OfQueries, kTall>(matrix, up_to(head_dim, up_to(kTall, M::kAlong)), up_to(queries, kLine) / kLine, features,
-                             grad_scores, units_of<M>(keys), scratch.grad_q, M::kBackQueries);
+                             grad_scores, units_of<M>(keys), scratch.grad_q, Scratch::kQueryStride);
 }
 
 template <class T, class M>
@@ -164,7 +164,10 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
   };
   pack_rows<M>(rows_of(call.k, piece.first_key, keys), up_to(keys, M::kGroup), units, scratch.keys);
   pack_rows<M>(rows_of(call.v, piece.first_key, keys), up_to(keys, M::kGroup), units, scratch.values);
-  pack_features<M>(rows_of(call.k, piece.first_key, keys), columns, scratch.key_units, scratch.key_features);
+  for (int64_t key = 0; key < keys; key += M::kBackKeys) {
+    pack_features<M>(rows_of(call.k, piece.first_key + key, std::min(M::kBackKeys, keys - key)), columns,
+                     BackwardScratch<M>::kKeyUnits, scratch.key_features + key / M::kElements * columns * M::kPlanes);
+  }
   if (piece.queries == 0) {  // nobody sees these keys
     std::fill_n(scratch.grad_k, keys * columns, 0.0f);
     std::fill_n(scratch.grad_v, keys * columns, 0.0f);
@@ -205,7 +208,7 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
         add_products<Start::add, Start::add>(matrix, scratch, key, some, queries, width);
       }
     }
-    write_columns(scratch.grad_q, M::kBackQueries, queries, width, scale, written(0, first), row);
+    write_columns(scratch.grad_q, BackwardScratch<M>::kQueryStride, queries, width, scale, written(0, first), row);
   }
   write_rows(scratch.grad_k, columns, keys, width, scale, written(1, piece.first_key), row);
   write_rows(scratch.grad_v, columns, keys, width, 1.0f, written(2, piece.first_key), row);

@@ -53,7 +53,7 @@ VJEPA_AVX_INLINE __m512 load_units(const float *from, int64_t rest, int64_t plan
 #if defined(VJEPA_AVX_HAS_BF16)
   if constexpr (M::kPlanes > 1) {
     const __m512 low = load_line(from, rest), high = load_line(from + kLine, rest - kLine);
-    return _mm512_castsi512_ps(rounded(part(low, plane), part(high, plane)));
+    return _mm512_castsi512_ps(side_by_side(part(low, plane), part(high, plane), upper_halves()));
   }
 #endif
   (void)plane;
@@ -81,10 +81,8 @@ VJEPA_AVX_INLINE __m512 pair_rows(const float *from, int64_t stride, int64_t res
   const __m512 zero = _mm512_setzero_ps();
   const __m512 first = there > 0 ? load_line(from, rest) : zero,
                second = there > 1 ? load_line(from + stride, rest) : zero;
-  const __m512i both = rounded(part(first, plane), part(second, plane));  // the one row, then the other
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(part(first, plane)), 16);
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(part(second, plane))));
 }
 #endif
 

@@ -111,20 +111,27 @@ struct Pairs : Blocks {
 #endif
 
 #if defined(VJEPA_AVX_HAS_BF16)
-// What is left of x when the first `Parts` bfloat16 of it are taken away, each the one nearest to what was left before.
-template <int Parts>
-VJEPA_AVX_INLINE __m512 without(__m512 x) {
-  if constexpr (Parts > 0) {
-    x = without<Parts - 1>(x);
-    const __m256i top = (__m256i)_mm512_cvtneps_pbh(x);
-    x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(top), 16)));
-  }
-  return x;
+// The bfloat16 nearest to each element, as a float32. A NaN whose bits run over is one in what is left.
+VJEPA_AVX_INLINE __m512 top(__m512 x) {
+  const __m512i half = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+  return _mm512_castsi512_ps(_mm512_and_si512(half, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
+// Elements of `low` and of `high` that are bfloat16, side by side.
+VJEPA_AVX_INLINE __m512i side_by_side(__m512 low, __m512 high, __m512i order) {
+  return _mm512_permutex2var_epi16(_mm512_castps_si512(low), order, _mm512_castps_si512(high));
+}
+VJEPA_AVX_INLINE __m512i upper_halves() {
+  alignas(64) static constexpr uint16_t order[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_load_si512(order);
+}
+// The first, second or third of three bfloat16 that add up to each element.
 VJEPA_AVX_INLINE __m512 part(__m512 x, int64_t plane) {
-  return plane == 0 ? x : plane == 1 ? without<1>(x) : without<2>(x);
+  const __m512 first = top(x);
+  if (plane == 0) return first;
+  const __m512 rest = _mm512_sub_ps(x, first), second = top(rest);
+  return plane == 1 ? second : _mm512_sub_ps(rest, second);
 }
-VJEPA_AVX_INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // float32 as three bfloat16. Of the nine products of the parts of two numbers the three smallest are left out, which
 // together are below 2^-25 of the whole.
@@ -134,11 +141,14 @@ struct Triples : Blocks {
   static constexpr double kExponent = Single::kExponent;
   VJEPA_AVX_INLINE static __m512 exp(__m512 x) { return Single::exp(x); }
   VJEPA_AVX_INLINE static void store(float *row, int64_t plane, int64_t j, __m512 low, __m512 high) {
-    _mm512_storeu_si512(row + 16 * j, rounded(low, high));
-    low = without<1>(low), high = without<1>(high);
-    _mm512_storeu_si512(row + plane + 16 * j, rounded(low, high));
-    low = without<1>(low), high = without<1>(high);
-    _mm512_storeu_si512(row + 2 * plane + 16 * j, rounded(low, high));
+    const __m512i order = upper_halves();
+    const __m512 first = top(low), first2 = top(high);
+    const __m512 rest = _mm512_sub_ps(low, first), rest2 = _mm512_sub_ps(high, first2);
+    const __m512 second = top(rest), second2 = top(rest2);
+    _mm512_storeu_si512(row + 16 * j, side_by_side(first, first2, order));
+    _mm512_storeu_si512(row + plane + 16 * j, side_by_side(second, second2, order));
+    _mm512_storeu_si512(row + 2 * plane + 16 * j,
+                        side_by_side(_mm512_sub_ps(rest, second), _mm512_sub_ps(rest2, second2), order));
   }
 };
 #endif
