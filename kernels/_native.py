@@ -20,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["NativeError", "available", "build_info", "cuda_available"]
 
-ABI_VERSION = 4  # VJEPA_ABI_VERSION of csrc/capi.h
+ABI_VERSION = 5  # VJEPA_ABI_VERSION of csrc/capi.h
 NO_COPY = -1
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COPY_DTYPES = (torch.bfloat16, torch.float16)
