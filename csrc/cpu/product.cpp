@@ -22,10 +22,19 @@ constexpr int64_t kMostElements = INT64_MAX >> 24;  // of sizes, also with the p
 
 #if defined(VJEPA_HAS_AVX512)
 // Summands of a block: two of its panels of b are read again and again, and sums wait in memory from block to block.
-constexpr int64_t kDepth = 512;
+#ifndef KD
+#define KD 512
+#endif
+#ifndef KR
+#define KR 6
+#endif
+#ifndef KB
+#define KB 4
+#endif
+constexpr int64_t kDepth = KD;
 constexpr int64_t kColumns = 4096;     // of a block of b, which all threads share
-constexpr int64_t kRowPairs = 6;       // most pairs of panels of a that one thread has packed: 0.6 MB
-constexpr int64_t kBlocksPerThread = 4;
+constexpr int64_t kRowPairs = KR;       // most pairs of panels of a that one thread has packed: 0.6 MB
+constexpr int64_t kBlocksPerThread = KB;
 
 int32_t detect() {
   // These ask the system, too, whether it keeps the registers.
@@ -69,48 +78,49 @@ struct Block {
 };
 
 void pack_columns(const vjepa_product &call, const Block &block, float *to, bool *special, int32_t threads) {
-  const bool along = call.b.row_stride == 1 || call.depth == 1;
-  const int64_t stride = along ? call.b.column_stride : call.b.row_stride;
   parallel_for(block.panels(), 4, threads, [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) {
-      const int64_t column = block.first_column + p * kTile, width = std::min(kTile, block.columns - p * kTile);
-      const float *from = call.b.data + column * call.b.column_stride + block.first_summand * call.b.row_stride;
-      special[p] = pack_panel(along, along, from, stride, width, block.depth, to + p * block.panel());
-    }
+    const int64_t column = first * kTile, count = std::min(last * kTile, block.columns) - column;
+    const float *from = call.b.data + (block.first_column + column) * call.b.column_stride +
+                        block.first_summand * call.b.row_stride;
+    Packing(from, call.b.column_stride, call.b.row_stride, count, block.depth, true, to + first * block.panel(),
+            special + first)
+        .rest();
   });
 }
 
-// Rows `first` .. `first + rows` of out, whose panels of a come to `to`.
-template <class T>
-void multiply_rows(const vjepa_product &call, const Block &block, int64_t first, int64_t rows, const float *b,
-                   const bool *b_special, float *to) {
-  const bool along = call.a.column_stride == 1 || call.depth == 1;
-  const int64_t stride = along ? call.a.row_stride : call.a.column_stride;
-  const int64_t panels = (rows + kTile - 1) / kTile, panel = block.panel(), columns = block.panels();
+// Rows `first` .. `first + rows` of a, whose panels come to `to`.
+struct Rows {
+  int64_t first, rows;
+  float *to;
   bool special[kPair * kRowPairs];
-  for (int64_t p = 0; p < panels; ++p) {
-    const float *from =
-        call.a.data + (first + p * kTile) * call.a.row_stride + block.first_summand * call.a.column_stride;
-    const int64_t width = std::min(kTile, rows - p * kTile);
-    special[p] = pack_panel(along, !along, from, stride, width, block.depth, to + p * panel);
+
+  Packing packing(const vjepa_product &call, const Block &block) {
+    const float *from = call.a.data + first * call.a.row_stride + block.first_summand * call.a.column_stride;
+    return Packing(from, call.a.row_stride, call.a.column_stride, rows, block.depth, false, to, special);
   }
+};
+
+template <class T>
+void multiply_rows(const vjepa_product &call, const Block &block, const Rows &rows, const float *b,
+                   const bool *b_special, Meanwhile &meanwhile) {
+  const int64_t panels = (rows.rows + kTile - 1) / kTile, columns = block.panels(), panel = block.panel();
   T tiles;
   for (int64_t q = 0; q < columns; q += kPair) {
-    const bool two = q + 1 < columns;
+    const bool wide = q + 1 < columns;
     for (int64_t p = 0; p < panels; p += kPair) {
       const bool tall = p + 1 < panels;
-      const int64_t row = first + p * kTile, column = block.first_column + q * kTile;
+      const int64_t column = block.first_column + q * kTile;
       Finish how = {};
-      how.out = call.out + row * call.out_stride + column;
+      how.out = call.out + (rows.first + p * kTile) * call.out_stride + column;
       how.out_stride = call.out_stride;
-      how.rows = rows - p * kTile;
+      how.rows = rows.rows - p * kTile;
       how.columns = block.columns - q * kTile;
       how.bias = call.bias && block.first_summand == 0 ? call.bias + column : nullptr;
       how.add = call.accumulate || block.first_summand > 0;
-      how.special = special[p] || (tall && special[p + 1]) || b_special[q] || (two && b_special[q + 1]);
-      const auto product = tall ? (two ? product_of_panels<T, 2, 2> : product_of_panels<T, 2, 1>)
-                                : (two ? product_of_panels<T, 1, 2> : product_of_panels<T, 1, 1>);
-      product(tiles, to + p * panel, panel, b + q * panel, panel, block.steps(), how);
+      how.special = rows.special[p] || (tall && rows.special[p + 1]) || b_special[q] || (wide && b_special[q + 1]);
+      const auto product = tall ? (wide ? product_of_panels<T, 2, 2> : product_of_panels<T, 2, 1>)
+                                : (wide ? product_of_panels<T, 1, 2> : product_of_panels<T, 1, 1>);
+      product(tiles, rows.to + p * panel, panel, b + q * panel, panel, block.steps(), how, meanwhile);
     }
   }
 }
@@ -125,7 +135,7 @@ int32_t multiply(const vjepa_product &call, int32_t threads) try {
   const int64_t members = std::min<int64_t>(threads, row_blocks);
   const int64_t of_b = up_to(std::min(call.columns, kColumns), kTile) * depth / kStep * kStepUnits / kTile;
   const int64_t of_a = rows * depth / kStep * kStepUnits / kTile;
-  std::unique_ptr<Scratch> scratch = take_scratch(static_cast<size_t>(of_b + members * of_a));
+  std::unique_ptr<Scratch> scratch = take_scratch(static_cast<size_t>(of_b + 2 * members * of_a));
   float *const b = scratch->data, *const a = b + of_b;
   bool special[kColumns / kTile];
   for (int64_t column = 0; column < call.columns; column += kColumns) {
@@ -136,9 +146,26 @@ int32_t multiply(const vjepa_product &call, int32_t threads) try {
       pack_columns(call, block, b, special, threads);
       std::atomic<int64_t> next{0};
       parallel_for(members, 1, threads, [&](int64_t member, int64_t last) {
-        for (int64_t n; member < last && (n = next.fetch_add(1, std::memory_order_relaxed)) < row_blocks;) {
-          multiply_rows<T>(call, block, n * rows, std::min(rows, call.rows - n * rows), b, special, a + member * of_a);
+        if (member >= last) return;
+        Meanwhile meanwhile;
+        Rows both[2];
+        const auto take = [&](Rows &it) {
+          it.first = next.fetch_add(1, std::memory_order_relaxed) * rows;
+          it.rows = std::min(rows, call.rows - it.first);
+          return it.rows > 0;
+        };
+        for (int64_t n = 0; n < 2; ++n) both[n].to = a + (2 * member + n) * of_a;
+        if (!take(both[0])) return;
+        both[0].packing(call, block).rest();
+        for (int64_t n = 0;; n = 1 - n) {
+          const bool more = take(both[1 - n]);
+          const int64_t products = (both[n].rows + kSums - 1) / kSums * ((block.columns + kSums - 1) / kSums);
+          if (more) meanwhile.pack(both[1 - n].packing(call, block), products * block.steps());
+          multiply_rows<T>(call, block, both[n], b, special, meanwhile);
+          meanwhile.rest_of_packing();
+          if (!more) break;
         }
+        meanwhile.rest_of_sums();
       });
     }
   }

@@ -109,39 +109,72 @@ VJEPA_AVX_INLINE __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kTile)) - 1);
 }
 
-// A panel of `width` rows or columns and `depth` summands of either. Whether a number of it is infinite or none.
+// One step of a panel of `width` rows or columns, of which `depth` summands are left. Whether a number of it is infinite
+// or none.
 //   Along      summands lie side by side, and `stride` is from row to row or from column to column;
 //              else rows or columns do, and it is from summand to summand
 //   Transpose  the tiles have summands side by side where the matrix has not, or the other way round
 template <bool Along, bool Transpose>
-VJEPA_AVX bool pack_panel(const float *from, int64_t stride, int64_t width, int64_t depth, float *to) {
-  bool special = false;
-  for (int64_t k = 0; k < depth; k += kStep, to += kStepUnits) {
-    __m512 halves[2][kTile];
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t first = k + kTile * half, some = depth - first;
-      const __mmask16 lanes = first_lanes(Along ? some : width);
-      const int64_t lines = Along ? width : some;
-      const float *line = Along ? from + first : from + first * stride;
-      for (int64_t i = 0; i < kTile; ++i, line += stride) {
-        halves[half][i] = i < lines ? _mm512_maskz_loadu_ps(lanes, line) : _mm512_setzero_ps();
-      }
-      if (Transpose) transpose(halves[half]);
+VJEPA_AVX bool pack_step(const float *from, int64_t stride, int64_t width, int64_t depth, float *to) {
+  __m512 halves[2][kTile];
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t first = kTile * half, some = depth - first;
+    const __mmask16 lanes = first_lanes(Along ? some : width);
+    const int64_t lines = Along ? width : some;
+    const float *line = Along ? from + first : from + first * stride;
+    for (int64_t i = 0; i < kTile; ++i, line += stride) {
+      halves[half][i] = i < lines ? _mm512_maskz_loadu_ps(lanes, line) : _mm512_setzero_ps();
     }
-    for (int64_t i = 0; i < kTile; ++i) {
-      special = split(halves[0][i], halves[1][i], to + kTile * i) || special;
-    }
+    if (Transpose) transpose(halves[half]);
   }
+  bool special = false;
+  for (int64_t i = 0; i < kTile; ++i) special = split(halves[0][i], halves[1][i], to + kTile * i) || special;
   return special;
 }
 
-inline bool pack_panel(bool along, bool transposed, const float *from, int64_t stride, int64_t width, int64_t depth,
-                       float *to) {
-  if (along) {
-    return (transposed ? pack_panel<true, true> : pack_panel<true, false>)(from, stride, width, depth, to);
+// Some summands of some rows of a, or of some columns of b, as panels; step by step, whenever there is time.
+class Packing {
+ public:
+  Packing() = default;
+  // Of `count` rows or columns that are `across` apart, summands `along` apart. special[p]: whether a number of panel p
+  // is infinite or none.
+  Packing(const float *from, int64_t across, int64_t along, int64_t count, int64_t depth, bool of_b, float *to,
+          bool *special)
+      : from_(from), to_(to), special_(special), across_(across), along_(along), count_(count), depth_(depth) {
+    const bool side_by_side = along == 1 || depth == 1;
+    if (side_by_side) {
+      pack_ = of_b ? pack_step<true, true> : pack_step<true, false>;
+    } else {
+      pack_ = of_b ? pack_step<false, false> : pack_step<false, true>;
+    }
+    stride_ = side_by_side ? across : along;
+    std::fill(special, special + (count + kTile - 1) / kTile, false);
+    if (depth == 0) panel_ = count;
   }
-  return (transposed ? pack_panel<false, true> : pack_panel<false, false>)(from, stride, width, depth, to);
-}
+
+  bool done() const { return panel_ >= count_; }
+  int64_t steps() const { return (count_ + kTile - 1) / kTile * ((depth_ + kStep - 1) / kStep); }
+
+  void step() {
+    const float *from = from_ + panel_ * across_ + summand_ * along_;
+    const bool special = pack_(from, stride_, std::min(kTile, count_ - panel_), depth_ - summand_, to_);
+    special_[panel_ / kTile] = special_[panel_ / kTile] || special;
+    to_ += kStepUnits;
+    summand_ += kStep;
+    if (summand_ >= depth_) summand_ = 0, panel_ += kTile;
+  }
+  void rest() {
+    while (!done()) step();
+  }
+
+ private:
+  bool (*pack_)(const float *, int64_t, int64_t, int64_t, float *) = nullptr;
+  const float *from_ = nullptr;
+  float *to_ = nullptr;
+  bool *special_ = nullptr;
+  int64_t across_ = 0, along_ = 0, stride_ = 0, count_ = 0, depth_ = 0;
+  int64_t panel_ = 0, summand_ = 0;  // the next
+};
 
 }  // namespace
 }  // namespace vjepa
