@@ -1,10 +1,10 @@
 /* The part of the C ABI that serves matrix products of float32 on a CPU with tiles (AMX); statuses as in capi.h.
  *
- * Each float32 is the sum of three bfloat16, x = x0 + x1 + x2, and a product of two is that of six pairs of them, summed
- * in float32: x0 y0 + x0 y1 + x1 y0 + x1 y1 + x0 y2 + x2 y0. What is left out is below 2^-24 of the product, and there
- * are fewer roundings than in a chain of float32. Infinities and NaN come out as float32's own product gives them. What
- * is below the smallest normal number counts as 0, and so do parts and products that are: numbers below 2^-102 lose
- * their last bits. Sums are made in an order that depends on `depth` alone; no result depends on `threads`.
+ * Each float32 is the sum of three bfloat16, x = x0 + x1 + x2, and a product of two is that of six pairs of them,
+ * summed in float32: x0 y0 + x0 y1 + x1 y0 + x1 y1 + x0 y2 + x2 y0. What is left out is below 2^-24 of the product, and
+ * there are fewer roundings than in a chain of float32. Infinities and NaN come out as float32's own product gives
+ * them. What is below the smallest normal number counts as 0, and so do parts and products that are: numbers below
+ * 2^-102 lose their last bits. Sums are made in an order that depends on `depth` alone; no result depends on `threads`.
  */
 #ifndef VJEPA_CAPI_PRODUCT_H
 #define VJEPA_CAPI_PRODUCT_H
@@ -39,10 +39,11 @@ typedef struct vjepa_product {
   int64_t instructions; /* VJEPA_TILES or VJEPA_TILES_IN_SOFTWARE */
 } vjepa_product;
 
-/* Those of VJEPA_TILES and VJEPA_TILES_IN_SOFTWARE that can be asked for here; asks the system for leave to use tiles. */
+/* Those of VJEPA_TILES and VJEPA_TILES_IN_SOFTWARE that can be asked for here; asks the system for leave to use tiles.
+ */
 VJEPA_API int32_t vjepa_product_instructions(void);
 
-/* All checks come before the first write. The memory of the largest products' parts, at most 14 MB and 0.6 MB for each
+/* All checks come before the first write. The memory of the largest products' parts, at most 10 MB and 0.6 MB for each
  * thread, is kept for the next. */
 VJEPA_API int32_t vjepa_product_cpu(const vjepa_product *product, int32_t threads);
 

@@ -1,4 +1,4 @@
-"""mlp by the native library on a CPU: activation, its gradient and that of the bias in one pass; the products are PyTorch's.
+"""mlp by the native library on a CPU: activation, its gradient and that of the bias in one pass; _cpu_products makes the products.
 
 Rows go through in chunks, so that what is between two products stays in the caches, and in memory that the system need not
 hand out anew. hidden, where it is kept, is written while its activation is made. The backward pass has, chunk by chunk,
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _native
 from ._checks import describe
-from ._cpu_products import linear, times
+from ._cpu_products import linear, of_weight, times
 from ._cpu_tokens import check_rows, rows_of
 
 SUM_ROWS = 32  # VJEPA_SUM_ROWS of csrc/capi_block.h
@@ -115,9 +115,9 @@ def mlp_backward(
         if need_x:
             of_x[chunk] = times(slopes, weight1)
         if wide and need_weight1:
-            of_weight1.addmm_(slopes.T, x[chunk])
+            of_weight(slopes, x[chunk], added_to=of_weight1)
         if wide and need_weight2:
-            of_weight2.addmm_(grad[chunk].T, active)
+            of_weight(grad[chunk], active, added_to=of_weight2)
     return (
         of_x,
         of_weight1 if wide or not need_weight1 else all_slopes.T @ x,

@@ -1,4 +1,5 @@
-// Products of float32 matrices by tiles of bfloat16: what is given is checked, divided into blocks and handed to threads.
+// Products of float32 matrices by tiles of bfloat16: what is given is checked, divided into blocks and handed to
+// threads.
 #include "../capi_product.h"
 
 #include <algorithm>
@@ -21,20 +22,11 @@ namespace {
 constexpr int64_t kMostElements = INT64_MAX >> 24;  // of sizes, also with the parts of their tiles
 
 #if defined(VJEPA_HAS_AVX512)
-// Summands of a block: two of its panels of b are read again and again, and sums wait in memory from block to block.
-#ifndef KD
-#define KD 512
-#endif
-#ifndef KR
-#define KR 6
-#endif
-#ifndef KB
-#define KB 4
-#endif
-constexpr int64_t kDepth = KD;
-constexpr int64_t kColumns = 4096;     // of a block of b, which all threads share
-constexpr int64_t kRowPairs = KR;       // most pairs of panels of a that one thread has packed: 0.6 MB
-constexpr int64_t kBlocksPerThread = KB;
+// Summands of a block: what is packed of both operands stays in a core's second cache; sums wait in memory meanwhile.
+constexpr int64_t kDepth = 384;
+constexpr int64_t kColumns = 4096;       // of a block of b, which all threads share
+constexpr int64_t kRowPairs = 4;         // most pairs of panels of a that a thread packs together
+constexpr int64_t kBlocksPerThread = 2;  // of rows, where there are enough
 
 int32_t detect() {
   // These ask the system, too, whether it keeps the registers.
@@ -80,8 +72,8 @@ struct Block {
 void pack_columns(const vjepa_product &call, const Block &block, float *to, bool *special, int32_t threads) {
   parallel_for(block.panels(), 4, threads, [&](int64_t first, int64_t last) {
     const int64_t column = first * kTile, count = std::min(last * kTile, block.columns) - column;
-    const float *from = call.b.data + (block.first_column + column) * call.b.column_stride +
-                        block.first_summand * call.b.row_stride;
+    const float *from =
+        call.b.data + (block.first_column + column) * call.b.column_stride + block.first_summand * call.b.row_stride;
     Packing(from, call.b.column_stride, call.b.row_stride, count, block.depth, true, to + first * block.panel(),
             special + first)
         .rest();
@@ -219,7 +211,8 @@ extern "C" int32_t vjepa_product_cpu(const vjepa_product *product, int32_t threa
   if (const int32_t status = vjepa::check(*product, threads)) return status;
   if (!product->rows || !product->columns) return VJEPA_OK;
 #if defined(VJEPA_HAS_AVX512)
-  if (product->instructions == VJEPA_TILES_IN_SOFTWARE) return vjepa::multiply<vjepa::TilesInSoftware>(*product, threads);
+  if (product->instructions == VJEPA_TILES_IN_SOFTWARE)
+    return vjepa::multiply<vjepa::TilesInSoftware>(*product, threads);
 #if defined(VJEPA_HAS_AMX)
   return vjepa::multiply<vjepa::Tiles>(*product, threads);
 #endif

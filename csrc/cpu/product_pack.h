@@ -1,7 +1,7 @@
 // Operands of a product in float32 as tiles of bfloat16: each number becomes three, each the nearest to what is left.
 //
-// A panel is 16 rows of a, or 16 columns of b, and a step 32 summands. Unit u of a step is the pair of its summands u and
-// 16 + u. A step of a panel is three tiles, one for each part: [row][unit] for a, [unit][column] for b.
+// A panel is 16 rows of a, or 16 columns of b, and a step 32 summands. Unit u of a step is the pair of its summands u
+// and 16 + u. A step of a panel is three tiles, one for each part: [row][unit] for a, [unit][column] for b.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)  // GCC's own intrinsics begin with what is undefined, and it warns of it
@@ -109,8 +109,8 @@ VJEPA_AVX_INLINE __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kTile)) - 1);
 }
 
-// One step of a panel of `width` rows or columns, of which `depth` summands are left. Whether a number of it is infinite
-// or none.
+// One step of a panel of `width` rows or columns, of which `depth` summands are left. Whether a number of it is
+// infinite or none.
 //   Along      summands lie side by side, and `stride` is from row to row or from column to column;
 //              else rows or columns do, and it is from summand to summand
 //   Transpose  the tiles have summands side by side where the matrix has not, or the other way round
@@ -132,7 +132,10 @@ VJEPA_AVX bool pack_step(const float *from, int64_t stride, int64_t width, int64
   return special;
 }
 
-// Some summands of some rows of a, or of some columns of b, as panels; step by step, whenever there is time.
+constexpr int64_t kAhead = 3;  // steps of panels from the one that is packed to the one that memory is asked for
+
+// Some summands of some rows of a, or of some columns of b, as panels; step by step, whenever there is time, in the
+// order in which they lie in memory.
 class Packing {
  public:
   Packing() = default;
@@ -141,39 +144,65 @@ class Packing {
   Packing(const float *from, int64_t across, int64_t along, int64_t count, int64_t depth, bool of_b, float *to,
           bool *special)
       : from_(from), to_(to), special_(special), across_(across), along_(along), count_(count), depth_(depth) {
-    const bool side_by_side = along == 1 || depth == 1;
-    if (side_by_side) {
+    side_by_side_ = along == 1 || depth == 1;
+    if (side_by_side_) {
       pack_ = of_b ? pack_step<true, true> : pack_step<true, false>;
     } else {
       pack_ = of_b ? pack_step<false, false> : pack_step<false, true>;
     }
-    stride_ = side_by_side ? across : along;
-    std::fill(special, special + (count + kTile - 1) / kTile, false);
-    if (depth == 0) panel_ = count;
+    panels_ = (count + kTile - 1) / kTile;
+    steps_ = (depth + kStep - 1) / kStep;
+    std::fill(special, special + panels_, false);
   }
 
-  bool done() const { return panel_ >= count_; }
-  int64_t steps() const { return (count_ + kTile - 1) / kTile * ((depth_ + kStep - 1) / kStep); }
+  int64_t all() const { return panels_ * steps_; }  // calls of step(), in all
+  bool done() const { return next_ >= all(); }
 
   void step() {
-    const float *from = from_ + panel_ * across_ + summand_ * along_;
-    const bool special = pack_(from, stride_, std::min(kTile, count_ - panel_), depth_ - summand_, to_);
-    special_[panel_ / kTile] = special_[panel_ / kTile] || special;
-    to_ += kStepUnits;
-    summand_ += kStep;
-    if (summand_ >= depth_) summand_ = 0, panel_ += kTile;
+    ask_for(next_ + kAhead);
+    const Place at = place(next_++);
+    const float *from = from_ + at.panel * kTile * across_ + at.step * kStep * along_;
+    const int64_t stride = side_by_side_ ? across_ : along_, width = std::min(kTile, count_ - at.panel * kTile);
+    float *const to = to_ + (at.panel * steps_ + at.step) * kStepUnits;
+    const bool special = pack_(from, stride, width, depth_ - at.step * kStep, to);
+    special_[at.panel] = special_[at.panel] || special;
   }
   void rest() {
     while (!done()) step();
   }
 
  private:
+  struct Place {
+    int64_t panel, step;
+  };
+  Place place(int64_t n) const {
+    return side_by_side_ ? Place{n / steps_, n % steps_} : Place{n % panels_, n / panels_};
+  }
+
+  void ask_for(int64_t n) const {
+    if (n >= all()) return;
+    const Place at = place(n);
+    const float *line = from_ + at.panel * kTile * across_ + at.step * kStep * along_;
+    if (side_by_side_) {
+      const int64_t lines = std::min(kTile, count_ - at.panel * kTile);
+      for (int64_t i = 0; i < lines; ++i, line += across_) {
+        __builtin_prefetch(line);
+        __builtin_prefetch(line + kTile);
+      }
+    } else {
+      const int64_t lines = std::min(kStep, depth_ - at.step * kStep);
+      for (int64_t i = 0; i < lines; ++i, line += along_) __builtin_prefetch(line);
+    }
+  }
+
   bool (*pack_)(const float *, int64_t, int64_t, int64_t, float *) = nullptr;
   const float *from_ = nullptr;
   float *to_ = nullptr;
   bool *special_ = nullptr;
-  int64_t across_ = 0, along_ = 0, stride_ = 0, count_ = 0, depth_ = 0;
-  int64_t panel_ = 0, summand_ = 0;  // the next
+  int64_t across_ = 0, along_ = 0, count_ = 0, depth_ = 0;
+  bool side_by_side_ = false;
+  int64_t panels_ = 0, steps_ = 0;
+  int64_t next_ = 0;
 };
 
 }  // namespace

@@ -26,7 +26,7 @@ class Meanwhile {
   // Packs `packing` in the course of `steps` steps of products.
   void pack(const Packing &packing, int64_t steps) {
     packing_ = packing;
-    packing_steps_ = packing.done() ? 0 : packing.steps();
+    packing_steps_ = packing.all();
     product_steps_ = std::max<int64_t>(1, steps);
     credit_ = 0;
   }
@@ -131,11 +131,6 @@ void sum_first_parts(T &tiles, const float *a, const float *b, int64_t steps, fl
 template <class T, int R, int C>
 void product_of_panels(T &tiles, const float *a, int64_t a_panel, const float *b, int64_t b_panel, int64_t steps,
                        const Finish &how, Meanwhile &meanwhile) {
-#ifdef PFW
-  for (int64_t r = 0; r < R * kTile && r < how.rows; ++r) {
-    for (int64_t c = 0; c < C; ++c) __builtin_prefetch(how.out + r * how.out_stride + c * kTile, 1, PFW);
-  }
-#endif
   sum_parts<T, R, C>(tiles, a, a_panel, b, b_panel, steps, meanwhile);
   meanwhile.rest_of_sums();
   float *const sums = meanwhile.sums();
