@@ -76,12 +76,18 @@ def _operand(matrix: Tensor) -> tuple[Tensor, Operand]:
 
 
 def product(
-    a: Tensor, b: Tensor, bias: Tensor | None = None, added_to: Tensor | None = None, instructions: int = TILES
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    accumulate: bool = False,
+    instructions: int = TILES,
 ) -> Tensor:
-    """a b + bias, [N, M] of float32 matrices [N, K] and [K, M] and of [M]; or that added to `added_to`, in its place."""
+    """a b + bias, [N, M] of float32 matrices [N, K] and [K, M] and of [M]; written to `out`, rows of [M], or added to it."""
     (a, first), (b, second) = _operand(a), _operand(b)
     bias = None if bias is None else bias.contiguous()
-    out = a.new_empty((a.shape[0], b.shape[1])) if added_to is None else added_to
+    out = a.new_empty((a.shape[0], b.shape[1])) if out is None else out
     given = Product(
         first,
         second,
@@ -90,7 +96,7 @@ def product(
         out.stride(0),
         *out.shape,
         a.shape[1],
-        added_to is not None,
+        accumulate,
         instructions,
     )
     _native.check(_library().vjepa_product_cpu(given, torch.get_num_threads()))

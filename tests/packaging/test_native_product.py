@@ -84,7 +84,9 @@ def test_accuracy_for_all_layouts(size, kind):
     assert_accurate(added, before + plain + bias, before.double() + exact + bias)
 
 
-@pytest.mark.parametrize("size", [pytest.param(x, marks=without_tiles) for x in (*LARGE, (40, 24, 6272), (24, 1536, 1536))])
+@pytest.mark.parametrize(
+    "size", [pytest.param(x, marks=without_tiles) for x in (*LARGE, (40, 24, 6272), (24, 1536, 1536))]
+)
 def test_accuracy_of_long_sums_and_many_columns(size):
     a, b, bias, before = draw(size)
     exact, plain = a.double() @ b.double() + bias, torch.addmm(bias, a, b)
@@ -153,7 +155,9 @@ def test_tiny_and_huge_numbers(kind, exponent):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_largest_numbers_and_the_24_bits_of_all(kind):
     largest = torch.finfo(torch.float32).max
-    numbers = torch.cat((torch.tensor([largest, -largest, *map(float.fromhex, ("0x1.fefffep127", "0x1.ffp127"))]), torch.randn(300)))
+    numbers = torch.cat(
+        (torch.tensor([largest, -largest, *map(float.fromhex, ("0x1.fefffep127", "0x1.ffp127"))]), torch.randn(300))
+    )
     for a in (torch.diag(numbers), numbers[:, None]):
         b = torch.eye(len(numbers)) if a.shape[1] > 1 else torch.ones(1, 1)
         assert torch.equal(run(a, b, kind=kind), a @ b)
