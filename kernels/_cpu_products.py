@@ -3,9 +3,9 @@
 Where the processor has tiles of bfloat16 (AMX), large products of float32 are the native library's; see _cpu_tiles.
 
 Elsewhere, for float32, PyTorch calls MKL, whose fastest code is for Intel's own processors; oneDNN is the faster one on
-those of AMD. For bfloat16 both ways end in oneDNN, but `linear` first writes the bias to all rows of the result and then has the
-product added to it. On a Zen 4 with AVX-512, of 6000 x 384 x 1536 and other shapes of ViT-S and ViT-L, oneDNN asked directly
-needs this share of the time of linear and mm, in processor time of one thread:
+those of AMD. For bfloat16 both ways end in oneDNN, but `linear` first writes the bias to all rows of the result and then has
+the product added to it. On a Zen 4 with AVX-512, of 6000 x 384 x 1536 and other shapes of ViT-S and ViT-L, oneDNN asked
+directly needs this share of the time of linear and mm, in processor time of one thread:
 
     x W^T + b    float32 0.87 to 0.94, bfloat16 0.90 to 0.97
     g W          float32 0.86 to 0.95, bfloat16 1.00
