@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "parallel.h"
 
@@ -24,7 +25,10 @@ constexpr int64_t kMostElements = INT64_MAX >> 24;  // of sizes, also with the p
 #if defined(VJEPA_HAS_AVX512)
 // Summands of a block: what is packed of both operands stays in a core's second cache; sums wait in memory meanwhile.
 constexpr int64_t kDepth = 384;
-constexpr int64_t kColumns = 4096;       // of a block of b, which all threads share
+constexpr int64_t kColumns = 4096;  // of a block of b, which all threads share
+// Of blocks of b that are packed together. With more of them threads wait for each other less often, but the rows of
+// transposed matrices are read in shorter pieces.
+constexpr int64_t kPackedUnits = 1 << 20;
 constexpr int64_t kRowPairs = 4;         // most pairs of panels of a that a thread packs together
 constexpr int64_t kBlocksPerThread = 2;  // of rows, where there are enough
 
@@ -61,40 +65,54 @@ void keep_scratch(std::unique_ptr<Scratch> scratch) {
   const std::unique_ptr<Scratch> before(spare.exchange(scratch.release()));
 }
 
-// A block of b that is packed: some summands of some columns.
+// Some summands of some columns of b, packed.
 struct Block {
   int64_t first_column, columns, first_summand, depth;
+  float *to;      // its panels
+  bool *special;  // [panels] whether a number of each is infinite or none
   int64_t steps() const { return (depth + kStep - 1) / kStep; }
   int64_t panel() const { return steps() * kStepUnits; }
   int64_t panels() const { return (columns + kTile - 1) / kTile; }
+
+  Packing packing(const vjepa_product &call, int64_t first_panel, int64_t last_panel) const {
+    const int64_t column = first_panel * kTile, count = std::min(last_panel * kTile, columns) - column;
+    const float *from =
+        call.b.data + (first_column + column) * call.b.column_stride + first_summand * call.b.row_stride;
+    return Packing(from, call.b.column_stride, call.b.row_stride, count, depth, true, to + first_panel * panel(),
+                   special + first_panel);
+  }
 };
 
-void pack_columns(const vjepa_product &call, const Block &block, float *to, bool *special, int32_t threads) {
-  parallel_for(block.panels(), 4, threads, [&](int64_t first, int64_t last) {
-    const int64_t column = first * kTile, count = std::min(last * kTile, block.columns) - column;
-    const float *from =
-        call.b.data + (block.first_column + column) * call.b.column_stride + block.first_summand * call.b.row_stride;
-    Packing(from, call.b.column_stride, call.b.row_stride, count, block.depth, true, to + first * block.panel(),
-            special + first)
-        .rest();
+// Blocks of the same columns, summand after summand; the last may be the shorter one.
+void pack_blocks(const vjepa_product &call, const std::vector<Block> &blocks, int32_t threads) {
+  const int64_t panels = blocks[0].panels();
+  parallel_for(panels * static_cast<int64_t>(blocks.size()), 4, threads, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; p += panels - p % panels) {
+      const int64_t in_block = p % panels;
+      blocks[p / panels].packing(call, in_block, std::min(panels, in_block + last - p)).rest();
+    }
   });
 }
 
-// Rows `first` .. `first + rows` of a, whose panels come to `to`.
+// Rows `first` .. `first + rows` of a, whose panels come to `to`: the summands of one block.
 struct Rows {
   int64_t first, rows;
+  const Block *block;
   float *to;
   bool special[kPair * kRowPairs];
 
-  Packing packing(const vjepa_product &call, const Block &block) {
-    const float *from = call.a.data + first * call.a.row_stride + block.first_summand * call.a.column_stride;
-    return Packing(from, call.a.row_stride, call.a.column_stride, rows, block.depth, false, to, special);
+  Packing packing(const vjepa_product &call) {
+    const float *from = call.a.data + first * call.a.row_stride + block->first_summand * call.a.column_stride;
+    return Packing(from, call.a.row_stride, call.a.column_stride, rows, block->depth, false, to, special);
+  }
+  int64_t product_steps() const {
+    return (rows + kSums - 1) / kSums * ((block->columns + kSums - 1) / kSums) * block->steps();
   }
 };
 
 template <class T>
-void multiply_rows(const vjepa_product &call, const Block &block, const Rows &rows, const float *b,
-                   const bool *b_special, Meanwhile &meanwhile) {
+void multiply_rows(const vjepa_product &call, const Rows &rows, Meanwhile &meanwhile) {
+  const Block &block = *rows.block;
   const int64_t panels = (rows.rows + kTile - 1) / kTile, columns = block.panels(), panel = block.panel();
   T tiles;
   for (int64_t q = 0; q < columns; q += kPair) {
@@ -109,55 +127,74 @@ void multiply_rows(const vjepa_product &call, const Block &block, const Rows &ro
       how.columns = block.columns - q * kTile;
       how.bias = call.bias && block.first_summand == 0 ? call.bias + column : nullptr;
       how.add = call.accumulate || block.first_summand > 0;
-      how.special = rows.special[p] || (tall && rows.special[p + 1]) || b_special[q] || (wide && b_special[q + 1]);
+      how.special =
+          rows.special[p] || (tall && rows.special[p + 1]) || block.special[q] || (wide && block.special[q + 1]);
       const auto product = tall ? (wide ? product_of_panels<T, 2, 2> : product_of_panels<T, 2, 1>)
                                 : (wide ? product_of_panels<T, 1, 2> : product_of_panels<T, 1, 1>);
-      product(tiles, rows.to + p * panel, panel, b + q * panel, panel, block.steps(), how, meanwhile);
+      product(tiles, rows.to + p * panel, panel, block.to + q * panel, panel, block.steps(), how, meanwhile);
     }
   }
+}
+
+// The products of some row blocks, whichever are left, and of all blocks; rows are packed while those before them are
+// multiplied, to the one and the other half of `scratch`.
+template <class T>
+void multiply_blocks(const vjepa_product &call, const std::vector<Block> &blocks, int64_t row_block,
+                     std::atomic<int64_t> &next, float *scratch, int64_t half) {
+  Meanwhile meanwhile;
+  Rows both[2];
+  both[0].to = scratch;
+  both[1].to = scratch + half;
+  int64_t first = 0;
+  size_t block = blocks.size();
+  const auto take = [&](Rows &rows) {
+    if (block == blocks.size()) {
+      first = next.fetch_add(1, std::memory_order_relaxed) * row_block;
+      block = 0;
+    }
+    rows.first = first;
+    rows.rows = std::min(row_block, call.rows - first);
+    rows.block = &blocks[block++];
+    return rows.rows > 0;
+  };
+  if (!take(both[0])) return;
+  both[0].packing(call).rest();
+  bool more = true;
+  for (int64_t n = 0; more; n = 1 - n) {
+    more = take(both[1 - n]);
+    if (more) meanwhile.pack(both[1 - n].packing(call), both[n].product_steps());
+    multiply_rows<T>(call, both[n], meanwhile);
+    meanwhile.rest_of_packing();
+  }
+  meanwhile.rest_of_sums();
 }
 
 template <class T>
 int32_t multiply(const vjepa_product &call, int32_t threads) try {
   const int64_t pairs = (call.rows + kSums - 1) / kSums;
   const int64_t wanted = std::max((pairs + kRowPairs - 1) / kRowPairs, std::min(pairs, kBlocksPerThread * threads));
-  const int64_t rows = (pairs + wanted - 1) / wanted * kSums, row_blocks = (call.rows + rows - 1) / rows;
+  const int64_t row_block = (pairs + wanted - 1) / wanted * kSums, row_blocks = (call.rows + row_block - 1) / row_block;
   const int64_t depths = std::max<int64_t>(1, (call.depth + kDepth - 1) / kDepth);
   const int64_t depth = up_to((call.depth + depths - 1) / depths, kStep);
   const int64_t members = std::min<int64_t>(threads, row_blocks);
-  const int64_t of_b = up_to(std::min(call.columns, kColumns), kTile) * depth / kStep * kStepUnits / kTile;
-  const int64_t of_a = rows * depth / kStep * kStepUnits / kTile;
-  std::unique_ptr<Scratch> scratch = take_scratch(static_cast<size_t>(of_b + 2 * members * of_a));
-  float *const b = scratch->data, *const a = b + of_b;
-  bool special[kColumns / kTile];
+  const int64_t panels = (std::min(call.columns, kColumns) + kTile - 1) / kTile;
+  const int64_t panel = depth / kStep * kStepUnits, of_b = panels * panel, of_a = row_block / kTile * panel;
+  const int64_t together = std::clamp<int64_t>(kPackedUnits / std::max<int64_t>(1, of_b), 1, depths);
+  std::unique_ptr<Scratch> scratch = take_scratch(static_cast<size_t>(together * of_b + 2 * members * of_a));
+  const std::unique_ptr<bool[]> special(new bool[static_cast<size_t>(together * panels)]);
+  float *const b = scratch->data, *const a = b + together * of_b;
   for (int64_t column = 0; column < call.columns; column += kColumns) {
-    for (int64_t n = 0; n < depths; ++n) {
-      const int64_t first_summand = n * depth;
-      const Block block = {column, std::min(kColumns, call.columns - column), first_summand,
-                           std::clamp<int64_t>(call.depth - first_summand, 0, depth)};
-      pack_columns(call, block, b, special, threads);
+    for (int64_t n = 0; n < depths; n += together) {
+      std::vector<Block> blocks;
+      for (int64_t k = 0; k < std::min(together, depths - n); ++k) {
+        const int64_t first = std::min((n + k) * depth, call.depth);
+        blocks.push_back({column, std::min(kColumns, call.columns - column), first, std::min(depth, call.depth - first),
+                          b + k * of_b, special.get() + k * panels});
+      }
+      pack_blocks(call, blocks, threads);
       std::atomic<int64_t> next{0};
       parallel_for(members, 1, threads, [&](int64_t member, int64_t last) {
-        if (member >= last) return;
-        Meanwhile meanwhile;
-        Rows both[2];
-        const auto take = [&](Rows &it) {
-          it.first = next.fetch_add(1, std::memory_order_relaxed) * rows;
-          it.rows = std::min(rows, call.rows - it.first);
-          return it.rows > 0;
-        };
-        for (int64_t n = 0; n < 2; ++n) both[n].to = a + (2 * member + n) * of_a;
-        if (!take(both[0])) return;
-        both[0].packing(call, block).rest();
-        for (int64_t n = 0;; n = 1 - n) {
-          const bool more = take(both[1 - n]);
-          const int64_t products = (both[n].rows + kSums - 1) / kSums * ((block.columns + kSums - 1) / kSums);
-          if (more) meanwhile.pack(both[1 - n].packing(call, block), products * block.steps());
-          multiply_rows<T>(call, block, both[n], b, special, meanwhile);
-          meanwhile.rest_of_packing();
-          if (!more) break;
-        }
-        meanwhile.rest_of_sums();
+        if (member < last) multiply_blocks<T>(call, blocks, row_block, next, a + 2 * member * of_a, of_a);
       });
     }
   }
