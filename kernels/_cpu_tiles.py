@@ -17,8 +17,8 @@ from ._dispatch import requested
 TILES, TILES_IN_SOFTWARE = 1, 2  # VJEPA_TILES and VJEPA_TILES_IN_SOFTWARE of csrc/capi_product.h
 # Multiplications below which PyTorch's product is the faster one, and rows, columns and summands below which tiles have
 # too much to pack or stay half empty.
-FEWEST = 1 << 24
-NARROWEST = 96
+FEWEST = 1 << 25
+NARROWEST = 256
 
 
 class Operand(ctypes.Structure):
