@@ -51,6 +51,8 @@ extern "C" const char *vjepa_status_string(int32_t status) {
       return "this processor, or this build of the library, lacks the instructions";
     case VJEPA_ERROR_MEMORY:
       return "there is not enough memory";
+    case VJEPA_ERROR_STRIDES:
+      return "neither rows nor columns of a matrix are side by side, or rows that are written overlap";
     case VJEPA_ERROR_CUDA:
       return "the CUDA runtime refused";
     case VJEPA_ERROR_OVERLAP:

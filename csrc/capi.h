@@ -36,8 +36,9 @@ typedef enum vjepa_status {
   VJEPA_ERROR_GROUP = 10,
   VJEPA_ERROR_INDEX = 11, /* a token or a clip does not exist, or lengths are not those of the tokens */
   VJEPA_ERROR_SCALE = 12,
-  VJEPA_ERROR_INSTRUCTIONS = 13, /* asked for what vjepa_attention_instructions() does not tell */
-  VJEPA_ERROR_MEMORY = 14
+  VJEPA_ERROR_INSTRUCTIONS = 13, /* asked for what vjepa_attention_instructions() or the like does not tell */
+  VJEPA_ERROR_MEMORY = 14,
+  VJEPA_ERROR_STRIDES = 15
 } vjepa_status;
 
 typedef enum vjepa_dtype { VJEPA_NONE = -1, VJEPA_FLOAT32 = 0, VJEPA_BFLOAT16 = 1, VJEPA_FLOAT16 = 2 } vjepa_dtype;

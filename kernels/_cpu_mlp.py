@@ -1,4 +1,4 @@
-"""mlp by the native library on a CPU: activation, its gradient and that of the bias in one pass; the products are PyTorch's.
+"""mlp by the native library on a CPU: activation, its gradient and that of the bias in one pass.
 
 Rows go through in chunks, so that what is between two products stays in the caches, and in memory that the system need not
 hand out anew. hidden, where it is kept, is written while its activation is made. The backward pass has, chunk by chunk,
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _native
 from ._checks import describe
-from ._cpu_products import linear, times
+from ._cpu_products import linear, of_weight, times
 from ._cpu_tokens import check_rows, rows_of
 
 SUM_ROWS = 32  # VJEPA_SUM_ROWS of csrc/capi_block.h
@@ -72,6 +72,25 @@ def _chunks(rows: int, row_bytes: int) -> Iterator[slice]:
     return (slice(first, min(first + size, rows)) for first in range(0, rows, max(1, size)))
 
 
+class _Room:
+    """[n, H] of one chunk after the other, in memory that the system need not hand out anew for each."""
+
+    def __init__(self, like: Tensor, features: int) -> None:
+        self.like, self.features, self.memory = like, features, like.new_empty(0)
+
+    def rows(self, chunk: slice) -> Tensor:
+        count = chunk.stop - chunk.start
+        if self.memory.shape[0] < count:
+            self.memory = self.like.new_empty((count, self.features))
+        return self.memory[:count]
+
+
+def _put(there: Tensor, found: Tensor) -> None:
+    """Copies a product that is not there yet."""
+    if found.data_ptr() != there.data_ptr():
+        there.copy_(found)
+
+
 def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -79,9 +98,10 @@ def mlp(
     tokens, features = x.shape[0], weight1.shape[0]
     out = x.new_empty((tokens, weight2.shape[0]))
     hidden = x.new_empty((tokens, features) if keep else 0)
+    room = _Room(x, features)
     for chunk in _chunks(tokens, features * x.element_size()):
-        active = gelu(linear(x[chunk], weight1, bias1), hidden[chunk] if keep else None)
-        out[chunk] = linear(active, weight2, bias2)
+        active = gelu(linear(x[chunk], weight1, bias1, room.rows(chunk)), hidden[chunk] if keep else None)
+        _put(out[chunk], linear(active, weight2, bias2, out[chunk]))
     return out, hidden
 
 
@@ -101,23 +121,24 @@ def mlp_backward(
     sums = torch.empty((-(-tokens // SUM_ROWS), features), dtype=torch.float32) if need_bias1 else None
     all_slopes = x.new_empty((tokens, features) if need_weight1 and not wide else 0)
     all_active = x.new_empty((tokens, features) if need_weight2 and not wide else 0)
+    room_of_slopes, room_of_active = _Room(x, features), _Room(x, features)
     for chunk in _chunks(tokens, features * x.element_size()):
         kept = slopes = active = hidden[chunk]
         if need_weight2:
-            active = torch.empty_like(kept, memory_format=torch.contiguous_format) if wide else all_active[chunk]
+            active = room_of_active.rows(chunk) if wide else all_active[chunk]
         if need_slopes:
-            given = times(grad[chunk], weight2)
+            given = times(grad[chunk], weight2, room_of_slopes.rows(chunk))
             slopes = all_slopes[chunk] if all_slopes.numel() else given
             own = None if sums is None else sums[chunk.start // SUM_ROWS :]
             gelu_backward(given, kept, slopes, active if need_weight2 else None, own)
         elif need_weight2:
             gelu(active.copy_(kept))
         if need_x:
-            of_x[chunk] = times(slopes, weight1)
+            _put(of_x[chunk], times(slopes, weight1, of_x[chunk]))
         if wide and need_weight1:
-            of_weight1.addmm_(slopes.T, x[chunk])
+            of_weight(slopes, x[chunk], added_to=of_weight1)
         if wide and need_weight2:
-            of_weight2.addmm_(grad[chunk].T, active)
+            of_weight(grad[chunk], active, added_to=of_weight2)
     return (
         of_x,
         of_weight1 if wide or not need_weight1 else all_slopes.T @ x,

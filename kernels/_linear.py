@@ -1,4 +1,4 @@
-"""linear: torch.nn.functional.linear, forward and backward by the faster of PyTorch's two libraries on a CPU.
+"""linear: torch.nn.functional.linear, forward and backward by the fastest of several libraries on a CPU.
 
     y = x W^T + b,    dx = dy W,    dW = dy^T x,    db = sum_i dy_i
 
@@ -36,7 +36,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tup
     if needs[0]:
         of_x = products.times(grad, weight) if ours else grad @ weight
     if needs[1]:
-        of_weight = grad.T @ x
+        of_weight = products.of_weight(grad, x) if ours else grad.T @ x
     if needs[2]:
         native = ours and _native.available()[0]
         of_bias = cpu.column_sums(grad).to(grad.dtype) if native else grad.sum(0)

@@ -44,6 +44,16 @@ def test_value_and_gradients(check_accuracy, name, dtype, shape, bias):
             assert torch.equal(ours, same_dtype)
 
 
+@pytest.mark.parametrize("shape", [(1500, 384), (3, 201, 1536)], ids=str)
+def test_large_products_of_float32(check_accuracy, shape):
+    """Those that tiles of bfloat16 serve where a processor has them."""
+    inputs, grad = make(shape, 390)
+    found, plain = results(linear, inputs, grad), results(F.linear, inputs, grad)
+    exact = results(F.linear, [x.double() for x in inputs], grad.double())
+    for ours, same_dtype, true in zip(found, plain, exact, strict=True):
+        check_accuracy(ours, same_dtype, true)
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_frozen_inputs(wanted):
     inputs, grad = make()

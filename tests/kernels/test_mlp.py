@@ -83,6 +83,12 @@ def test_value_and_gradients(check_accuracy, serving, device, shape, dtype):
     check(check_accuracy, serving, *make(shape, dtype, device))
 
 
+@pytest.mark.parametrize("shape", [(700, 384, 1536, 384), (1501, 260, 1600, 300)])
+def test_large_products_of_float32(check_accuracy, shape):
+    """Those that tiles of bfloat16 serve where a processor has them; the second in two chunks of rows."""
+    check(check_accuracy, "auto", *make(shape))
+
+
 @pytest.mark.parametrize("absent", [("bias1",), ("bias2",), ("bias1", "bias2")])
 def test_without_biases(check_accuracy, serving, device, absent):
     check(check_accuracy, serving, *make(SHAPE, FP32, device, absent))
