@@ -19,4 +19,18 @@ MEASURED: dict[str, list[tuple[str, int, int, bool, tuple[str, ...]]]] = {
         ("float32", 64, 375, False, ("cpu", "sdpa", "reference")),
         ("float32", 80, 375, False, ("cpu", "sdpa", "reference")),
     ],
+    "cpu_amx": [
+        ("bfloat16", 24, 1568, True, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 32, 1568, True, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 64, 112, True, ("cpu", "reference", "sdpa")),
+        ("bfloat16", 64, 375, False, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 64, 1568, True, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 80, 375, False, ("cpu", "sdpa", "reference")),
+        ("bfloat16", 80, 1568, True, ("cpu", "sdpa", "reference")),
+        ("float32", 24, 1568, True, ("cpu", "sdpa", "reference")),
+        ("float32", 32, 1568, True, ("cpu", "sdpa", "reference")),
+        ("float32", 64, 112, True, ("sdpa", "cpu", "reference")),
+        ("float32", 64, 375, False, ("cpu", "sdpa", "reference")),
+        ("float32", 80, 375, False, ("cpu", "sdpa", "reference")),
+    ],
 }
