@@ -31,7 +31,7 @@ struct BackwardScratch {
   float *query_across, *grad_across;           // [query units][columns]
   float *weights, *grad_scores, *across_keys;  // [kBackKeys][kStride] twice, [key units][kAcrossStride]
   float *grad_q;                               // [features][kQueryStride]
-  float *scores, *products, *lse, *delta;      // [kGroup][kPanel] twice, [kBackQueries] twice
+  float *scores, *products, *lse, *delta;      // [1 or 2][kGroup][kPanel] twice, [kBackQueries] twice
   size_t bytes;
   BackwardScratch(void *block, int64_t head_dim, int64_t num_keys) {
     const int64_t units = units_of<M>(head_dim), columns = up_to(head_dim, kLine);
@@ -50,62 +50,90 @@ struct BackwardScratch {
     grad_scores = carver.take(M::kBackKeys * kStride);
     across_keys = M::kElements == 1 ? grad_scores : carver.take(M::kBackKeys / M::kElements * kAcrossStride);
     grad_q = carver.take(columns * kQueryStride);
-    scores = carver.take(M::kGroup * kPanel);
-    products = carver.take(M::kGroup * kPanel);
+    scores = carver.take((1 + M::kAside) * M::kGroup * kPanel);
+    products = carver.take((1 + M::kAside) * M::kGroup * kPanel);
     lse = carver.take(M::kBackQueries);
     delta = carver.take(M::kBackQueries);
     bytes = carver.used();
   }
 };
 
-// P^T and dS^T of kGroup keys and up to a panel of queries, of which `keys` are there.
+// P^T and dS^T of kGroup keys, of which `keys` are there, and up to a panel of queries; row by row, so that they can be
+// made while tiles multiply for the next ones.
 template <class M>
-VJEPA_AVX void weights_of(const BackwardScratch<M> &scratch, int64_t first_key, int64_t keys, int64_t first_query,
-                          int64_t lines, float factor) {
-  constexpr int64_t plane = BackwardScratch<M>::kPlane;
-  const __m512 times = _mm512_set1_ps(factor);
-  for (int64_t r = 0; r < M::kGroup; ++r) {
-    const int64_t at = (first_key + r) * BackwardScratch<M>::kStride + first_query / M::kElements;
+struct Weights {
+  const BackwardScratch<M> *scratch;
+  const float *scores, *products;
+  int64_t first_key, keys, first_query, lines;
+  float factor;
+  int64_t row = M::kGroup;  // the next one
+  int64_t each = 1;         // rows of a step
+
+  VJEPA_AVX_INLINE void step() {
+    for (const int64_t end = row + each; row < end && row < M::kGroup; ++row) make_row();
+  }
+  VJEPA_AVX void rest() {
+    for (; row < M::kGroup; ++row) make_row();
+  }
+
+ private:
+  VJEPA_AVX_INLINE void make_row() {
+    constexpr int64_t plane = BackwardScratch<M>::kPlane;
+    const __m512 times = _mm512_set1_ps(factor);
+    const int64_t at = (first_key + row) * BackwardScratch<M>::kStride + first_query / M::kElements;
     for (int64_t chunk = 0; 2 * chunk < lines; ++chunk) {
       __m512 p[2], ds[2];
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const int64_t column = 32 * chunk + 16 * half;
-        const __m512 score = _mm512_loadu_ps(scratch.scores + r * kPanel + column);
-        const __m512 product = _mm512_loadu_ps(scratch.products + r * kPanel + column);
-        const __m512 minus = _mm512_loadu_ps(scratch.lse + first_query + column);
-        p[half] = M::exp(_mm512_min_ps(_mm512_setzero_ps(), _mm512_sub_ps(_mm512_mul_ps(score, times), minus)));
+        const __m512 score = _mm512_loadu_ps(scores + row * kPanel + column);
+        const __m512 product = _mm512_loadu_ps(products + row * kPanel + column);
+        const __m512 exponent = _mm512_fmsub_ps(score, times, _mm512_loadu_ps(scratch->lse + first_query + column));
+        p[half] = M::exp(_mm512_min_ps(_mm512_setzero_ps(), exponent));
         ds[half] =
-            _mm512_mul_ps(p[half], _mm512_sub_ps(product, _mm512_loadu_ps(scratch.delta + first_query + column)));
-        if (r >= keys) p[half] = ds[half] = _mm512_setzero_ps();
+            _mm512_mul_ps(p[half], _mm512_sub_ps(product, _mm512_loadu_ps(scratch->delta + first_query + column)));
+        if (row >= keys) p[half] = ds[half] = _mm512_setzero_ps();
       }
-      M::store(scratch.weights + at, plane, chunk, p[0], p[1]);
-      M::store(scratch.grad_scores + at, plane, chunk, ds[0], ds[1]);
+      M::store(scratch->weights + at, plane, chunk, p[0], p[1]);
+      M::store(scratch->grad_scores + at, plane, chunk, ds[0], ds[1]);
     }
   }
-}
+};
 
-#if defined(VJEPA_AVX_HAS_BF16)
-// Pairs along the queries become pairs along the keys, of `keys` keys (an even number) and `queries` queries.
+// Pairs of dS along the queries become pairs along the keys, two rows of a plane at a time, as for Weights.
 template <class M>
-VJEPA_AVX void pair_keys(const BackwardScratch<M> &scratch, int64_t keys, int64_t queries) {
-  alignas(64) uint16_t order[32];
-  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-  const __m512i low = _mm512_load_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  using Scratch = BackwardScratch<M>;
-  for (int64_t at = 0; at < keys * M::kPlanes; at += 2) {
-    const int64_t key = at / (2 * M::kPlanes) * 2, plane = at / 2 % M::kPlanes;
-    const float *even = scratch.grad_scores + key * Scratch::kStride + plane * Scratch::kPlane;
+struct Pairing {
+  const BackwardScratch<M> *scratch;
+  int64_t rows, queries;  // of keys and queries, which are a multiple of what pairs are
+  int64_t next = 0;       // pair of rows, counting planes
+
+  void step() {
+    if (M::kElements == 2 && 2 * next < rows * M::kPlanes) make_pair();
+  }
+  void rest() {
+    while (M::kElements == 2 && 2 * next < rows * M::kPlanes) make_pair();
+  }
+
+ private:
+  VJEPA_AVX void make_pair() {
+#if defined(VJEPA_AVX_HAS_BF16)
+    using Scratch = BackwardScratch<M>;
+    alignas(64) static constexpr uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const int64_t pair = next / M::kPlanes, plane = next % M::kPlanes;
+    ++next;
+    const float *even = scratch->grad_scores + 2 * pair * Scratch::kStride + plane * Scratch::kPlane;
     const float *odd = even + Scratch::kStride;
-    float *out = scratch.across_keys + key / 2 * Scratch::kAcrossStride + plane * M::kBackQueries;
+    float *out = scratch->across_keys + pair * Scratch::kAcrossStride + plane * M::kBackQueries;
     for (int64_t query = 0; query < queries; query += 32) {
       const __m512i a = _mm512_loadu_si512(even + query / 2), b = _mm512_loadu_si512(odd + query / 2);
       _mm512_storeu_si512(out + query, _mm512_permutex2var_epi16(a, low, b));
       _mm512_storeu_si512(out + query + 16, _mm512_permutex2var_epi16(a, high, b));
     }
-  }
-}
 #endif
+  }
+};
 
 // lse and delta of a block of queries, the former in powers of two.
 template <class T, class M>
@@ -125,6 +153,7 @@ VJEPA_AVX void read_sums(const BackwardScratch<M> &scratch, const Rows<T> &out, 
 template <Start OfKeys, Start OfQueries, class M>
 VJEPA_AVX void add_products(M &matrix, const BackwardScratch<M> &scratch, int64_t first_key, int64_t keys,
                             int64_t queries, int64_t head_dim) {
+  Pairing<M> pairing = {&scratch, up_to(keys, M::kGroup), up_to(queries, kLine)};
   using Scratch = BackwardScratch<M>;
   const int64_t columns = up_to(head_dim, kLine), lines = columns / kLine, rows = up_to(keys, M::kAcross);
   const int64_t query_units = units_of<M>(queries), at = first_key * columns;
@@ -134,7 +163,8 @@ VJEPA_AVX void add_products(M &matrix, const BackwardScratch<M> &scratch, int64_
                             Scratch::kKeyUnits * M::kPlanes, Scratch::kKeyUnits};
   const Operand grad_scores = {scratch.across_keys, Scratch::kAcrossStride, M::kBackQueries};
   multiply<OfKeys>(matrix, rows, lines, rows_of_weights(scratch.weights), across(scratch.grad_across), query_units,
-                   scratch.grad_v + at, columns);
+                   scratch.grad_v + at, columns, nullptr, pairing);
+  pairing.rest();
   multiply<OfKeys>(matrix, rows, lines, rows_of_weights(scratch.grad_scores), across(scratch.query_across), query_units,
                    scratch.grad_k + at, columns);
   multiply<OfQueries, kTall>(matrix, up_to(head_dim, up_to(kTall, M::kAlong)), up_to(queries, kLine) / kLine, features,
@@ -149,6 +179,12 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
   const float factor = static_cast<float>(call.about.scale * M::kExponent);
   const BackwardScratch<M> scratch(block, width, keys);
   M matrix;
+  Weights<M> weights = {};
+  weights.row = M::kGroup;
+  int64_t turn = 0;
+  // Tiles multiply in that many steps for a panel, of two tiles at a time, and its two products.
+  const int64_t steps = 2 * (kPanel / (2 * kLine)) * (M::kPlanes == 1 ? 1 : 6) * (units + kLine - 1) / kLine;
+  const int64_t rows_of_a_step = (M::kGroup + steps - 1) / steps;
   const auto rows_of = [&](const vjepa_heads &from, int64_t first, int64_t count) {
     const T *data = static_cast<const T *>(from.data) + first * from.token_stride + piece.head * from.head_stride;
     return Rows<T>{data, from.token_stride, count, width};
@@ -182,22 +218,23 @@ VJEPA_AVX void backward_piece(const AttentionCall &call, const AttentionPiece &p
     pack_across<M>(grad, padded, columns, scratch.grad_across);
     read_sums(scratch, rows_of(call.out, first, queries), grad, call.lse + piece.head * call.about.tokens + first);
     for (int64_t key = 0; key < keys; key += M::kBackKeys) {
-      const int64_t some = std::min(M::kBackKeys, keys - key), rows = up_to(some, M::kGroup);
+      const int64_t some = std::min(M::kBackKeys, keys - key);
       for (int64_t panel = 0; panel < padded; panel += kPanel) {
         const int64_t lines = up_to(std::min(kPanel, padded - panel), kLine) / kLine;
         for (int64_t r = 0; r < some; r += M::kGroup) {
+          float *const scores = scratch.scores + turn * M::kGroup * kPanel;
+          float *const products = scratch.products + turn * M::kGroup * kPanel;
+          if (M::kAside) turn = 1 - turn;
           multiply<Start::zero>(matrix, M::kGroup, lines, rows_at(scratch.keys, key + r),
-                                panel_at(scratch.query_panels, panel), units, scratch.scores, kPanel);
+                                panel_at(scratch.query_panels, panel), units, scores, kPanel, nullptr, weights);
           multiply<Start::zero>(matrix, M::kGroup, lines, rows_at(scratch.values, key + r),
-                                panel_at(scratch.grad_panels, panel), units, scratch.products, kPanel);
-          weights_of<M>(scratch, r, some - r, panel, lines, factor);
+                                panel_at(scratch.grad_panels, panel), units, products, kPanel, nullptr, weights);
+          weights.rest();
+          weights = {&scratch, scores, products, r, some - r, panel, lines, factor, 0, rows_of_a_step};
+          if (!M::kAside) weights.rest();
         }
       }
-#if defined(VJEPA_AVX_HAS_BF16)
-      if constexpr (M::kElements == 2) pair_keys(scratch, rows, up_to(queries, kLine));
-#else
-      (void)rows;
-#endif
+      weights.rest();
       if (begin == 0 && key == 0) {
         add_products<Start::zero, Start::zero>(matrix, scratch, key, some, queries, width);
       } else if (begin == 0) {

@@ -32,6 +32,7 @@ constexpr int64_t kTall = 8;    // rows where they are the features of a head, m
 
 // How operands are padded with zeros, and in which blocks the passes work, unless a kind of product says otherwise.
 struct Blocks {
+  static constexpr bool kAside = false;              // it multiplies while other instructions go on
   static constexpr int64_t kPlanes = 1;              // of an operand
   static constexpr int64_t kAlong = 1;               // units of a sum are a multiple of that
   static constexpr int64_t kAcross = kRows;          // rows of an operand a are
@@ -224,14 +225,25 @@ VJEPA_AVX void tiles_of(int64_t lines, const float *a, int64_t a_stride, const f
   }
 }
 
+// Work of other instructions that is done bit by bit, by step(), while tiles multiply: this is none.
+struct Nothing {
+  void step() {}
+};
+
 // The same for a number of rows, which go through in groups of Rows.
-template <Start S, int Rows = kRows, class M>
+template <Start S, int Rows = kRows, class M, class Meanwhile>
 VJEPA_AVX void multiply(M &, int64_t rows, int64_t lines, const Operand &a, const Operand &b, int64_t units, float *out,
-                        int64_t out_stride, const float *factors = nullptr) {
+                        int64_t out_stride, const float *factors, Meanwhile &) {
   for (int64_t r = 0; r < rows; r += Rows) {
     tiles_of<M, Rows, S>(lines, a.data + r * a.stride, a.stride, b.data, b.stride, units, out + r * out_stride,
                          out_stride, factors ? factors + r : nullptr);
   }
+}
+template <Start S, int Rows = kRows, class M>
+VJEPA_AVX void multiply(M &matrix, int64_t rows, int64_t lines, const Operand &a, const Operand &b, int64_t units,
+                        float *out, int64_t out_stride, const float *factors = nullptr) {
+  Nothing nothing;
+  multiply<S, Rows>(matrix, rows, lines, a, b, units, out, out_stride, factors, nothing);
 }
 
 }  // namespace
