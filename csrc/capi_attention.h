@@ -12,7 +12,7 @@
 #define VJEPA_AVX512 1               /* AVX-512 F, BW, DQ and VL: products in float32 */
 #define VJEPA_AVX512_BF16 2          /* and products of bfloat16, summed in float32 */
 #define VJEPA_AMX_BF16 4             /* those by tiles, and products of float32 as of three bfloat16 for each */
-#define VJEPA_AMX_IN_SOFTWARE 8      /* the same numbers, slowly, for tests: not told of, there with VJEPA_AVX512_BF16 */
+#define VJEPA_AMX_IN_SOFTWARE 8 /* the same numbers, slowly, for tests: not told of, there with VJEPA_AVX512_BF16 */
 
 #ifdef __cplusplus
 extern "C" {

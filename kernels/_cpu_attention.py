@@ -2,7 +2,8 @@
 
 Scores, softmax and sums are in float32. Of bfloat16 tensors the operands of the products are bfloat16, as in PyTorch's
 kernels: so are the probabilities, and in the backward pass the gradients of the scores, when they are multiplied; where a
-processor has no such product, the tensors become float32 while they are packed, and nothing more is rounded. Results do not depend on the number of threads.
+processor has no such product, the tensors become float32 while they are packed, and nothing more is rounded. Results do
+not depend on the number of threads.
 
 On a processor with AMX its tiles multiply, several times as fast. A float32 is then the sum of three bfloat16, and a product
 that of their six largest products: what is left out is below 2^-25 of it, numbers below 2^-102 lose their last bits, and an
