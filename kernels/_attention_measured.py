@@ -29,7 +29,7 @@ MEASURED: dict[str, list[tuple[str, int, int, bool, tuple[str, ...]]]] = {
         ("bfloat16", 80, 1568, True, ("cpu", "sdpa", "reference")),
         ("float32", 24, 1568, True, ("cpu", "sdpa", "reference")),
         ("float32", 32, 1568, True, ("cpu", "sdpa", "reference")),
-        ("float32", 64, 112, True, ("sdpa", "cpu", "reference")),
+        ("float32", 64, 112, True, ("cpu", "sdpa", "reference")),
         ("float32", 64, 375, False, ("cpu", "sdpa", "reference")),
         ("float32", 80, 375, False, ("cpu", "sdpa", "reference")),
     ],
