@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vjepa.kernels import _dispatch
+from vjepa.kernels import _cpu_tiles, _dispatch
 from vjepa.model import blocks, precision, predictor
 from vjepa.train import memory
 
@@ -99,6 +99,11 @@ def variants(work: Workload) -> dict[str, tuple[Ours, Callable[[], AbstractConte
         ),
         "freed memory kept, else given back": (step, freed_memory_given_back),
     }
+    if work.dtype == torch.float32 and _cpu_tiles.instructions() & _cpu_tiles.TILES:
+        found["products of float32 by tiles of bfloat16, else PyTorch's"] = (
+            step,
+            lambda: mock.patch.object(_cpu_tiles, "serve", lambda a, b: False),
+        )
     if work.dtype == torch.bfloat16:
         cast = Ours(work)
         by_autocast(cast)
