@@ -37,6 +37,11 @@ ORDER = (
     *("gradient_norm", "optimizer", "overhead"),
 )
 
+HEADER = (
+    "| | work | ours | reaches | best peer | ratio | other peers | ours by name |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
 
 @dataclass(frozen=True)
 class File:
@@ -50,7 +55,10 @@ class File:
 
 
 def load(folder: Path, kind: str | None = None) -> dict[str, list[File]]:
-    """The files of `folder` for each machine (its slug), GPUs first; `kind` cpu or cuda: of these machines alone."""
+    """The files of `folder` for each machine (its slug), GPUs first, then those with a whole step.
+
+    kind: cpu or cuda, for these machines alone.
+    """
     machines: dict[str, list[File]] = {}
     for path in folder.glob("*-*.json"):
         content = json.loads(path.read_text())
@@ -60,7 +68,14 @@ def load(folder: Path, kind: str | None = None) -> dict[str, list[File]]:
             machines.setdefault(slug, []).append(file)
     for files in machines.values():
         files.sort(key=lambda file: (ORDER.index(file.op) if file.op in ORDER else len(ORDER), file.op))
-    return dict(sorted(machines.items(), key=lambda item: (item[1][0].about["kind"] == "cpu", item[0])))
+    return dict(
+        sorted(machines.items(), key=lambda item: (item[1][0].about["kind"] == "cpu", not _steps(item[1]), item[0]))
+    )
+
+
+def _steps(files: Sequence[File]) -> list[Work]:
+    """The whole training steps."""
+    return [work for file in files if file.op == "step" for work in file.works if not work["about"].get("part")]
 
 
 def ours(work: Work) -> list[Result]:
@@ -111,7 +126,7 @@ def lines(about: dict[str, Any], works: Sequence[Work]) -> Iterator[str]:
 
 
 def markdown(machines: dict[str, list[File]], plots: dict[str, str], growths: dict[str, str]) -> str:
-    """For each machine what it is, its plots (slug -> address) and its table."""
+    """For each machine what it is, its plots (slug -> address), its training steps, and the table of all works."""
     blocks = []
     for slug, files in machines.items():
         device = files[0].about["device"]
@@ -122,10 +137,10 @@ def markdown(machines: dict[str, list[File]], plots: dict[str, str], growths: di
             f"![{device}: time of the best peer over ours]({plots[slug]})",
             "",
             *([f"![{device}: time of a training step]({growths[slug]})", ""] if slug in growths else []),
+            *([*HEADER, *map(_markdown_row, _steps(files)), ""] if _steps(files) else []),
             f"<details><summary>{device}: all works and all peers</summary>",
             "",
-            "| | work | ours | reaches | best peer | ratio | other peers | ours by name |",
-            "|---|---|---|---|---|---|---|---|",
+            *HEADER,
             *(_markdown_row(work) for file in files if file.op != GROWTH for work in file.works),
             "",
             "</details>",
