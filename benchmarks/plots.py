@@ -16,20 +16,21 @@ WON, LOST = "#15803d", "#c2410c"
 
 # ----------------------------------------------------------------------------------------------------------------- bars
 
-BAR, GAP, LABELS, BARS, TOP, MARGIN = 15, 5, 590, 340, 60, 60  # pixels
+BAR, GAP, BARS, TOP, MARGIN, LETTER = 15, 5, 340, 60, 60, 6.3  # pixels; a letter is that wide in most fonts
 SHORTEST, LONGEST = 0.1, 100.0  # ratios beyond are drawn as these, with their own number
 
 
 def bars(device: str, ratios: Sequence[tuple[str, float]]) -> str:
     """A bar for each (label, ratio): times as fast as the best peer, on a logarithmic scale around 1."""
     drawn = [min(max(ratio, SHORTEST), LONGEST) for _, ratio in ratios]
+    labels = round(max((len(label) for label, _ in ratios), default=0) * LETTER) + 16
     low, high = math.log(min([0.5, *drawn])), math.log(max([2.0, *drawn]))
 
     def x(ratio: float) -> float:
-        return round(LABELS + (math.log(ratio) - low) / (high - low) * BARS, 1)
+        return round(labels + (math.log(ratio) - low) / (high - low) * BARS, 1)
 
     height = TOP + len(ratios) * (BAR + GAP)
-    parts = head(LABELS + BARS + MARGIN, height, f"{device}: time of the best peer over ours, above 1 we are faster")
+    parts = head(labels + BARS + MARGIN, height, f"{device}: time of the best peer over ours, above 1 we are faster")
     for tick in (tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= math.log(tick) <= high):
         stroke = INK if tick == 1 else GRID
         parts.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="46" y2="{height - 4}" stroke="{stroke}"/>')
@@ -37,7 +38,7 @@ def bars(device: str, ratios: Sequence[tuple[str, float]]) -> str:
     for number, ((label, ratio), length) in enumerate(zip(ratios, drawn, strict=True)):
         top, (start, stop) = TOP - 8 + number * (BAR + GAP), sorted((x(1), x(length)))
         colour, wide = WON if ratio >= 1 else LOST, max(stop - start, 0.5)
-        parts.append(f'<text x="{LABELS - 8}" y="{top + 12}" text-anchor="end">{html.escape(label)}</text>')
+        parts.append(f'<text x="{labels - 8}" y="{top + 12}" text-anchor="end">{html.escape(label)}</text>')
         parts.append(f'<rect x="{start}" y="{top}" width="{wide:.1f}" height="{BAR}" fill="{colour}"/>')
         parts.append(f'<text x="{stop + 4:.1f}" y="{top + 12}">{times(ratio)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
