@@ -66,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
 
     It is `out`, if that is given, its rows dense, and the product can be written there; else it is new.
     """
-    if tiles.serve(x, weight.T):
+    if tiles.serve(x, weight.T, bias):
         return tiles.product(x, weight.T, bias, out)
     if not _ask(x, _onednn()):
         return F.linear(x, weight, bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._cpu_tokens import check_rows
 from ._dispatch import requested
 
 TILES, TILES_IN_SOFTWARE = 1, 2  # VJEPA_TILES and VJEPA_TILES_IN_SOFTWARE of csrc/capi_product.h
@@ -59,11 +60,16 @@ def instructions() -> int:
     return int(_library().vjepa_product_instructions()) if _native.available()[0] else 0
 
 
-def serve(a: Tensor, b: Tensor) -> bool:
-    """Whether a b, [N, M] of [N, K] and [K, M], is faster this way, and nobody asked for PyTorch's alone."""
-    if a.dtype != torch.float32 or b.dtype != torch.float32:
+def serve(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a b + bias, [N, M] of [N, K], [K, M] and [M], is faster this way, and nobody asked for PyTorch's alone.
+
+    What does not fit together is PyTorch's: it says so, where the library would read on beyond the end.
+    """
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" for x in (a, b, bias) if x is not None):
         return False
     rows, depth, columns = *a.shape, b.shape[1]
+    if b.shape[0] != depth or (bias is not None and bias.shape != (columns,)):
+        return False
     large = min(rows, depth, columns) >= NARROWEST and rows * depth * columns >= FEWEST
     return large and bool(instructions() & TILES) and requested() != "reference"
 
@@ -88,6 +94,7 @@ def product(
     (a, first), (b, second) = _operand(a), _operand(b)
     bias = None if bias is None else bias.contiguous()
     out = a.new_empty((a.shape[0], b.shape[1])) if out is None else out
+    check_rows("out", out, a.shape[0], b.shape[1])
     given = Product(
         first,
         second,

@@ -106,6 +106,15 @@ def test_the_errors_are_those_of_pytorch(bad):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize(
+    ("columns", "bias"), [(300, None), (384, torch.zeros(380)), (384, torch.zeros(390, dtype=FP16))], ids=str
+)
+def test_the_operator_refuses_what_its_product_would_read_beyond(columns, bias):
+    """Of sizes that tiles serve."""
+    with pytest.raises(RuntimeError):
+        torch.ops.vjepa.linear(torch.zeros(300, 384), torch.zeros(390, columns), bias)
+
+
 def test_opcheck():
     inputs, grad = make()
     opcheck(torch.ops.vjepa.linear.default, tuple(x.requires_grad_() for x in inputs))

@@ -89,6 +89,15 @@ def test_large_products_of_float32(check_accuracy, shape):
     check(check_accuracy, "auto", *make(shape))
 
 
+@pytest.mark.parametrize("features", [300, 400])
+def test_the_operator_refuses_tokens_whose_products_would_read_beyond(features):
+    """Of sizes that tiles serve; weight1 has another number of columns."""
+    inputs, grad = make((512, 384, 640, 384))
+    hidden, x = torch.randn(512, 640), torch.randn(512, features)
+    with backend("auto"), pytest.raises((RuntimeError, ValueError)):
+        torch.ops.vjepa.mlp_backward(grad, x, hidden, inputs[1], inputs[3], [True] * 5)
+
+
 @pytest.mark.parametrize("absent", [("bias1",), ("bias2",), ("bias1", "bias2")])
 def test_without_biases(check_accuracy, serving, device, absent):
     check(check_accuracy, serving, *make(SHAPE, FP32, device, absent))
