@@ -2,9 +2,11 @@
  *
  * Each float32 is the sum of three bfloat16, x = x0 + x1 + x2, and a product of two is that of six pairs of them,
  * summed in float32: x0 y0 + x0 y1 + x1 y0 + x1 y1 + x0 y2 + x2 y0. What is left out is below 2^-24 of the product, and
- * there are fewer roundings than in a chain of float32. Infinities and NaN come out as float32's own product gives
- * them. What is below the smallest normal number counts as 0, and so do parts and products that are: numbers below
- * 2^-102 lose their last bits. Sums are made in an order that depends on `depth` alone; no result depends on `threads`.
+ * there are fewer roundings than in a chain of float32. Infinities and NaN among the operands come out as float32's
+ * own product gives them. Finite numbers whose product or sum exceeds the largest number, or comes within 2^-7 of it,
+ * make infinity or NaN. What is below the smallest normal number counts as 0, and so do parts and products that are:
+ * numbers below 2^-102 lose their last bits. Sums are made in an order that depends on `depth` alone; no result depends
+ * on `threads`.
  */
 #ifndef VJEPA_CAPI_PRODUCT_H
 #define VJEPA_CAPI_PRODUCT_H

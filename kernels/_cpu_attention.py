@@ -6,8 +6,8 @@ processor has no such product, the tensors become float32 while they are packed,
 not depend on the number of threads.
 
 On a processor with AMX its tiles multiply, several times as fast. A float32 is then the sum of three bfloat16, and a product
-that of their six largest products: what is left out is below 2^-25 of it, numbers below 2^-102 lose their last bits, and an
-infinite number makes NaN.
+that of their six largest products: what is left out is below 2^-24 of it, numbers below 2^-102 lose their last bits, and an
+infinite number, or one that bfloat16 rounds to infinity, makes NaN.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ VJEPA_AVX_INLINE __m512 part(__m512 x, int64_t plane) {
 }
 
 // float32 as three bfloat16. Of the nine products of the parts of two numbers the three smallest are left out, which
-// together are below 2^-25 of the whole.
+// together are below 2^-24 of the whole.
 struct Triples : Blocks {
   static constexpr int64_t kElements = 2;
   static constexpr int64_t kPlanes = 3;

@@ -138,6 +138,15 @@ def test_infinities_and_none(kind, value):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_sums_beyond_the_largest_number_are_never_finite(kind):
+    """Of finite numbers: infinite as in PyTorch, or NaN where products of parts overflow in both directions."""
+    a, b, *_ = draw((40, 50, 100))
+    assert (a @ b != 0).all()
+    assert not run(a * 1e25, b * 1e25, kind=kind).isfinite().any()
+    assert not run(torch.full((1, 1), 1.9e30), torch.full((1, 1), 1.7e30), kind=kind).isfinite().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_none_stays_none(kind):
     bits = [0x7F800001, 0x7FFFFFFF, 0x7FC00000, -1, -0x7FFFFF]
     a = torch.tensor(bits, dtype=torch.int32).view(torch.float32)[:, None].repeat(1, 3)
