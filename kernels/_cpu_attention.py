@@ -100,7 +100,7 @@ def unfit(q: Tensor, scale: float, *lengths: Tensor) -> str | None:
     if q.dtype not in CODES:
         return f"its kernels compute in float32 and bfloat16, got {describe(q)}"
     if q.dtype == torch.bfloat16 and has_amx() and not instructions() & AMX_BF16:
-        return "PyTorch's kernel multiplies bfloat16 by AMX, which the native library was built without"
+        return "PyTorch's kernel multiplies bfloat16 by AMX, which the native library cannot use here"
     return None if scale > 0 and isfinite(scale) else f"its kernels need a positive, finite scale, got {scale}"
 
 
