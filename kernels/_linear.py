@@ -31,7 +31,8 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    ours = requested() != "reference"
+    # With create_graph=True products are recorded, so that they must be PyTorch's: of others it would take 0 as gradient.
+    ours = requested() != "reference" and not torch.is_grad_enabled()
     of_x, of_weight, of_bias = (grad.new_empty(0) for _ in needs)
     if needs[0]:
         of_x = products.times(grad, weight) if ours else grad @ weight

@@ -106,6 +106,20 @@ def test_the_errors_are_those_of_pytorch(bad):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.filterwarnings("ignore:vjepa..linear_backward. an autograd kernel was not registered")
+@pytest.mark.parametrize("shape", [(9, 24), (512, 384)], ids=str)
+def test_gradients_of_gradients(shape):
+    """Of sizes, too, that tiles serve."""
+    inputs, _ = make(shape, 390)
+    found = []
+    for function in (linear, F.linear):
+        x, weight = (given.clone().requires_grad_() for given in inputs[:2])
+        of_x, of_weight = torch.autograd.grad(function(x, weight).square().sum(), (x, weight), create_graph=True)
+        found.append(torch.autograd.grad(of_x.sum() + of_weight.sum(), (x, weight)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("columns", "bias"), [(300, None), (384, torch.zeros(380)), (384, torch.zeros(390, dtype=FP16))], ids=str
 )
