@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from itertools import product as every
 
 import pytest
@@ -138,12 +140,34 @@ def test_infinities_and_none(kind, value):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", [3, 20, 37])
+def test_one_infinity_in_either_operand(kind, place):
+    """In the first, the second and the last, single one of the panels that are multiplied in pairs."""
+    for which in range(2):
+        a, b, *_ = draw((40, 40, 50))
+        (a if which == 0 else b.T)[place, 9] = INF
+        found, plain = run(a, b, kind=kind), a @ b
+        finite = plain.isfinite()
+        assert torch.equal(found[~finite], plain[~finite])
+        torch.testing.assert_close(found[finite], plain[finite], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_sums_beyond_the_largest_number_are_never_finite(kind):
     """Of finite numbers: infinite as in PyTorch, or NaN where products of parts overflow in both directions."""
     a, b, *_ = draw((40, 50, 100))
     assert (a @ b != 0).all()
     assert not run(a * 1e25, b * 1e25, kind=kind).isfinite().any()
     assert not run(torch.full((1, 1), 1.9e30), torch.full((1, 1), 1.7e30), kind=kind).isfinite().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_out_of_one_product_is_below_its_24th_bit(kind):
+    """Of each; as much again comes from the rounding of the largest sum, a hundredth of that from all others."""
+    a, b, *_ = draw((300, 300, 1))
+    a[0], b[0, 0] = 1 + 2**-8 - 2**-17, 1 + 2**-8 - 2**-17  # as far from a bfloat16, and its rest from one, as can be
+    exact = a.double() @ b.double()
+    assert float(((run(a, b, kind=kind) - exact) / exact).abs().max()) <= 1.01 * 2.0**-23
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,6 +200,16 @@ def test_the_largest_numbers_and_the_24_bits_of_all(kind):
 def test_what_is_below_the_smallest_normal_number_counts_as_nothing():
     a = torch.tensor([[2.0**-127, 1.0]])
     assert run(a, torch.tensor([[2.0**20], [0.0]])) == 0
+
+
+@without_tiles
+def test_tiles_are_given_back():
+    """Else the system would save 8 KiB more each time it suspends the thread, and others would find them configured."""
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(bytes.fromhex("b901000000 0f01d0 c3"))  # mov ecx, 1; xgetbv; ret: which registers are in use
+    in_use = ctypes.CFUNCTYPE(ctypes.c_uint32)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+    run(*draw((40, 40, 40))[:2], kind=TILES, threads=1)
+    assert not in_use() >> 17 & 3
 
 
 BAD = {
