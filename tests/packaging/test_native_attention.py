@@ -49,7 +49,7 @@ AND_SOFTWARE = [
 ]
 HEAD_DIMS = (1, 2, 3, 15, 16, 17, 24, 31, 32, 33, 48, 50, 64, 80, 96, 127, 192, 255, 256)
 # Around the rows of a tile, its columns, and the blocks of queries (96, 192, 256) and keys (96, 128, 512).
-LENGTHS = (1, 2, 5, 6, 7, 15, 17, 31, 33, 63, 65, 95, 97, 127, 129, 191, 193, 255, 257, 511, 513)
+LENGTHS = (1, 2, 5, 6, 7, 15, 17, 33, 63, 65, 95, 97, 127, 129, 191, 193, 257, 513)
 GUARD = 77  # elements on either side of what is written
 
 
@@ -184,7 +184,7 @@ def test_every_length(kind, length):
     dtype, instructions = kind
     torch.manual_seed(length)
     for lengths, kv_lengths in (((length, 0, 1), (length, 3, 1)), ((length, 0), (40, 2)), ((40, 2), (length, 1))):
-        inputs = problem(lengths, 16 if length < 100 else 4, 20, dtype, kv_lengths)
+        inputs = problem(lengths, 16 if length < 100 else 2, 20, dtype, kv_lengths)
         results = both(*inputs, 0.2, instructions)
         assert_accurate(results, inputs, 0.2)
     assert not torch.cat([x.flatten() for x in results]).isnan().any()
